@@ -1,0 +1,41 @@
+"""The one list of sources and flags; setup.py and the sanitizer build both read it."""
+
+from __future__ import annotations
+
+import os
+
+FAMILIES = ["spiking"]
+ISAS = ["baseline", "avx2", "avx512"]
+
+# Raw kernels: no torch, shared by the extension and by the numpy bindings.
+KERNEL_SOURCES = ["csrc/cpu/dispatch.cpp", *[f"csrc/cpu/isa/{isa}.cpp" for isa in ISAS]]
+EXTENSION_SOURCES = ["csrc/ops.cpp", *[f"csrc/cpu/{family}.cpp" for family in FAMILIES], *KERNEL_SOURCES]
+HOST_SOURCES = ["csrc/host/bindings.cpp", *KERNEL_SOURCES]
+HEADERS = [
+    "csrc/common.h",
+    "csrc/ops.h",
+    "csrc/cpu/types.h",
+    "csrc/cpu/dispatch.h",
+    "csrc/cpu/vec.h",
+    "fastcifar/_schemas.inc",
+    *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
+]
+
+# -ffp-contract=off: g++ otherwise fuses a multiplication and an addition into one rounding, and the result differs from
+# eager PyTorch. TORCH_TARGET_VERSION: torch's stable ABI as of 2.10. Py_LIMITED_API: CPython's as of 3.10.
+CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+
+
+def flags() -> tuple[list[str], list[str]]:
+    """Compiler and linker flags, with those of the sanitizer that FASTCIFAR_SANITIZE names, if any."""
+    name = os.environ.get("FASTCIFAR_SANITIZE")
+    if not name:
+        return CXX_FLAGS, []
+    sanitize = SANITIZERS[name]
+    return [*CXX_FLAGS, *sanitize, "-O1", "-g", "-fno-omit-frame-pointer"], sanitize

@@ -1,0 +1,7 @@
+// Every family's kernels for AVX2: 256-bit registers, hardware float16 conversion.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,f16c")
+#define FASTCIFAR_ISA avx2
+#define FASTCIFAR_VECTOR_BYTES 32
+#include "../spiking.inl"
+#endif

@@ -1,0 +1,7 @@
+// Every family's kernels for AVX-512 (F, BW, DQ and VL): 512-bit registers.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
+#define FASTCIFAR_ISA avx512
+#define FASTCIFAR_VECTOR_BYTES 64
+#include "../spiking.inl"
+#endif

@@ -1,0 +1,231 @@
+// One SIMD register of lanes, written once for every instruction set on top of the compiler's vector types, whose
+// operators (+ - * / and comparisons) are the machine's own IEEE operations lane by lane. Included only by the
+// isa/*.cpp files, which define FASTCIFAR_ISA (a namespace) and FASTCIFAR_VECTOR_BYTES (16, 32 or 64): everything here
+// lives in that namespace, so that the linker can never put one instruction set's copy in place of another's.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "types.h"
+
+#define FC_INLINE static inline __attribute__((always_inline))
+#define FC_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace fastcifar::FASTCIFAR_ISA {
+
+constexpr int kVectorBytes = FASTCIFAR_VECTOR_BYTES;
+
+// V<float> is a register of floats, I<float> the integers of the same lanes (what a comparison gives: -1 or 0).
+template <class A>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t Integer __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Simd<double> {
+  typedef double Vector __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t Integer __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using V = typename Simd<A>::Vector;
+template <class A>
+using I = typename Simd<A>::Integer;
+template <class A>
+constexpr int kLanes = kVectorBytes / int(sizeof(A));
+
+template <class A>
+FC_INLINE V<A> splat(A value) {
+  return value - V<A>{};  // not {} + value: that would turn -0 into +0
+}
+template <class A>
+FC_INLINE V<A> select(I<A> mask, V<A> yes, V<A> no) {
+  return mask ? yes : no;
+}
+template <class A>
+FC_INLINE V<A> abs(V<A> x) {
+  return (V<A>)((I<A>)x & ~(I<A>)splat<A>(A(-0.0)));
+}
+
+// ---- storage <-> register: float and double as they are, bfloat16 and float16 widened to float ----------------------
+
+// How many lanes a load or store touches: all of them, or the first `count` at the end of a row.
+struct Full {};
+struct Tail {
+  int count;
+};
+
+template <class Raw, class S>
+FC_INLINE Raw load_raw(const S* p, Full) {
+  Raw r;
+  memcpy(&r, p, sizeof r);
+  return r;
+}
+template <class Raw, class S>
+FC_INLINE Raw load_raw(const S* p, Tail tail) {
+  Raw r = {};
+  memcpy(&r, p, sizeof(S) * tail.count);
+  return r;
+}
+
+typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));  // as many 16-bit values as floats fit
+
+FC_INLINE V<float> widen(Half16 raw, bfloat16*) {
+  return (V<float>)(__builtin_convertvector(raw, I<float>) << 16);
+}
+FC_INLINE Half16 narrow(V<float> x, bfloat16*) {  // round to nearest, ties to even; every NaN becomes the quiet one
+  const I<float> bits = (I<float>)x;
+  const I<float> rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
+  return __builtin_convertvector(x == x ? rounded : I<float>{} + 0x7fc0, Half16);
+}
+
+#if FASTCIFAR_VECTOR_BYTES == 64
+FC_INLINE V<float> widen(Half16 raw, float16*) { return (V<float>)_mm512_cvtph_ps((__m256i)raw); }
+FC_INLINE Half16 narrow(V<float> x, float16*) {
+  return (Half16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
+#elif FASTCIFAR_VECTOR_BYTES == 32
+FC_INLINE V<float> widen(Half16 raw, float16*) { return (V<float>)_mm256_cvtph_ps((__m128i)raw); }
+FC_INLINE Half16 narrow(V<float> x, float16*) {
+  return (Half16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+FC_INLINE V<float> widen(Half16 raw, float16*) {
+  // Shift the fields into place and let a multiplication by 2^112 re-bias the exponent, subnormals included.
+  const I<float> h = __builtin_convertvector(raw, I<float>);
+  const I<float> sign = (h & 0x8000) << 16;
+  const V<float> scaled = (V<float>)((h & 0x7fff) << 13) * 0x1p112f;
+  const I<float> special = ((h & 0x7fff) << 13) + (0x1c0 << 22);  // infinity and NaN: exponent of all ones
+  return (V<float>)(((h & 0x7c00) == 0x7c00 ? special | 0x7f800000 : (I<float>)scaled) | sign);
+}
+FC_INLINE Half16 narrow(V<float> x, float16*) {
+  const I<float> bits = (I<float>)x, sign = bits & (int32_t)0x80000000, magnitude = bits ^ sign;
+  // Below 2^-14 the addition of 0.5 aligns the mantissa so that the machine rounds the subnormal for us.
+  const I<float> subnormal = (I<float>)((V<float>)magnitude + 0.5f) - 0x3f000000;
+  const I<float> normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112 << 23)) >> 13;
+  I<float> h = magnitude < (113 << 23) ? subnormal : normal;
+  h = magnitude >= (143 << 23) ? I<float>{} + 0x7c00 : h;     // 65536 and above, and infinity
+  h = magnitude > 0x7f800000 ? I<float>{} + 0x7e00 : h;       // NaN
+  return __builtin_convertvector((h | ((sign >> 16) & 0x8000)) & 0xffff, Half16);
+}
+#endif
+
+template <class Width>
+FC_INLINE V<float> load(const float* p, Width w) { return load_raw<V<float>>(p, w); }
+template <class Width>
+FC_INLINE V<double> load(const double* p, Width w) { return load_raw<V<double>>(p, w); }
+template <class Width>
+FC_INLINE V<float> load(const bfloat16* p, Width w) { return widen(load_raw<Half16>(p, w), (bfloat16*)nullptr); }
+template <class Width>
+FC_INLINE V<float> load(const float16* p, Width w) { return widen(load_raw<Half16>(p, w), (float16*)nullptr); }
+
+// A non-temporal store writes past the caches: a result far larger than they are would only evict what is still
+// needed, and an ordinary store would first read the line that it is about to overwrite.
+template <class Raw>
+FC_INLINE void stream_raw(void* p, Raw r) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(Raw) == 64) {
+#if FASTCIFAR_VECTOR_BYTES == 64
+    _mm512_stream_si512((__m512i*)p, (__m512i)r);
+#endif
+  } else if constexpr (sizeof(Raw) == 32) {
+#if FASTCIFAR_VECTOR_BYTES >= 32
+    _mm256_stream_si256((__m256i*)p, (__m256i)r);
+#endif
+  } else if constexpr (sizeof(Raw) == 16) {
+    _mm_stream_si128((__m128i*)p, (__m128i)r);
+  } else {
+    _mm_stream_si64((long long*)p, (long long)r);
+  }
+#else
+  memcpy(p, &r, sizeof r);
+#endif
+}
+FC_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <class S, class Raw>
+FC_INLINE void store_raw(S* p, Raw r, Full, bool stream) {
+  if (stream)
+    stream_raw(p, r);
+  else
+    memcpy(p, &r, sizeof r);
+}
+template <class S, class Raw>
+FC_INLINE void store_raw(S* p, Raw r, Tail tail, bool) {
+  memcpy(p, &r, sizeof(S) * tail.count);
+}
+template <class Width>
+FC_INLINE void store(float* p, V<float> x, Width w, bool stream = false) { store_raw(p, x, w, stream); }
+template <class Width>
+FC_INLINE void store(double* p, V<double> x, Width w, bool stream = false) { store_raw(p, x, w, stream); }
+template <class Width>
+FC_INLINE void store(bfloat16* p, V<float> x, Width w, bool stream = false) {
+  store_raw(p, narrow(x, p), w, stream);
+}
+template <class Width>
+FC_INLINE void store(float16* p, V<float> x, Width w, bool stream = false) {
+  store_raw(p, narrow(x, p), w, stream);
+}
+
+// Calls f(offset, Full or Tail) over a row of n elements, a register of A at a time.
+template <class A, class F>
+FC_INLINE void for_each_vector(int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= n; i += kLanes<A>) f(i, Full{});
+  if (i < n) f(i, Tail{int(n - i)});
+}
+
+// ---- functions ------------------------------------------------------------------------------------------------------
+
+template <class A>
+struct ExpConstants;
+template <>
+struct ExpConstants<float> {
+  static constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
+  static constexpr float lowest = -104.0f;   // exp of less is 0
+  static constexpr int mantissa = 23, bias = 127, terms = 7;
+};
+template <>
+struct ExpConstants<double> {
+  static constexpr double log2e = 0x1.71547652b82fep0, ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
+  static constexpr double round = 0x1.8p52;
+  static constexpr double lowest = -746.0;
+  static constexpr int mantissa = 52, bias = 1023, terms = 13;
+};
+
+// exp(x) for x <= 0, within 1.5 ulp (subnormal results included; tests/test_host.py asserts it). exp(-inf) = 0 and NaN
+// stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite's two-part ln 2), then the Taylor series of exp(r), whose
+// first dropped term is below half an ulp, then 2^n in two factors so that a subnormal result is rounded once.
+template <class A>
+FC_INLINE V<A> exp_nonpositive(V<A> x) {
+  using C = ExpConstants<A>;
+  x = select<A>(x < C::lowest, splat<A>(C::lowest), x);
+  const V<A> shifted = x * C::log2e + C::round;
+  const V<A> n = shifted - C::round;
+  const V<A> r = (x - n * C::ln2_high) - n * C::ln2_low;
+  constexpr double kReciprocalFactorial[] = {1.,        1.,         1. / 2,      1. / 6,       1. / 24,
+                                             1. / 120,  1. / 720,   1. / 5040,   1. / 40320,   1. / 362880,
+                                             1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+  V<A> p = splat<A>(A(kReciprocalFactorial[C::terms]));
+#pragma GCC unroll 16
+  for (int k = C::terms - 1; k >= 1; --k) p = p * r + A(kReciprocalFactorial[k]);
+  p = p * r + A(1);
+  // The low bits of `shifted` are n modulo 2^(mantissa - 1), as a two's complement number.
+  using Int = decltype(I<A>{}[0] + 0);
+  const I<A> exponent = ((I<A>)shifted << (8 * sizeof(A) - C::mantissa)) >> (8 * sizeof(A) - C::mantissa);
+  const I<A> half = exponent >> 1;
+  const V<A> first = (V<A>)((half + Int(C::bias)) << C::mantissa);
+  const V<A> second = (V<A>)((exponent - half + Int(C::bias)) << C::mantissa);
+  return p * first * second;
+}
+
+}  // namespace fastcifar::FASTCIFAR_ISA

@@ -1,0 +1,39 @@
+// The extension's entry point: every schema (fastcifar/_schemas.inc) and, a block a family, its CPU implementation.
+#include <Python.h>
+
+#include "common.h"
+#include "ops.h"
+
+#define FC_STRING(x) #x
+#define FC_EXPAND(x) FC_STRING(x)
+// Read from the file's bytes before the library is loaded (fastcifar/_library.py): a binary that was built for another
+// version must not run.
+extern "C" __attribute__((used, visibility("default"))) const char fastcifar_build_stamp[] =
+    "fastcifar-build-stamp:" FC_EXPAND(FASTCIFAR_VERSION) ";";
+
+namespace fastcifar {
+
+static int64_t cpu_isa(int64_t isa) { return isa < 0 ? active_isa() : select_isa(int(isa)); }
+
+}  // namespace fastcifar
+
+STABLE_TORCH_LIBRARY(fastcifar, m) {
+  const char* const schemas[] = {
+#include "../fastcifar/_schemas.inc"
+  };
+  for (const char* schema : schemas) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastcifar, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", TORCH_BOX(&fastcifar::cpu_isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
+  // spiking
+  m.impl("lif_forward", TORCH_BOX(&fastcifar::lif_forward));
+  m.impl("lif_backward", TORCH_BOX(&fastcifar::lif_backward));
+}
+
+// Importing the file registers the ops above; the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

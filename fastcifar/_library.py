@@ -1,0 +1,191 @@
+"""The only file that knows torch.library: loads the extension, hands CUDA to Triton, and gives every op its fake, vmap
+and autocast rules."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import mmap
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+
+NAMESPACE = "fastcifar"
+ISAS = ("baseline", "avx2", "avx512")
+_HALF = (torch.bfloat16, torch.float16)
+
+# Which kernel owns an op on a device; what is not in here runs the family's reference. doctor() prints it.
+OWNERS: dict[tuple[str, str], str] = {}
+
+_keep: list[torch.library.Library] = []  # registrations last as long as their Library object
+
+
+def _schemas() -> list[str]:
+    """The op schemas, from the file that csrc/ops.cpp includes."""
+    text = (Path(__file__).parent / "_schemas.inc").read_text()
+    return list(ast.literal_eval("[" + re.sub(r"^\s*//.*$", "", text, flags=re.M) + "]"))
+
+
+def build_stamp(path: Path) -> str | None:
+    """The version that a built extension was made for, read from its bytes without loading it."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        found = re.search(rb"fastcifar-build-stamp:([^;\0]+);", data)
+        return found.group(1).decode() if found else None
+
+
+def _load_extension() -> str | None:
+    """Loads fastcifar._C, which defines the ops and owns the CPU; returns why there is none, or None."""
+    spec = importlib.util.find_spec(f"{NAMESPACE}._C")
+    if spec is None or spec.origin is None:
+        return "the C++ extension is not built (pip install --no-build-isolation . with a C++ compiler builds it)"
+    stamp = build_stamp(Path(spec.origin))
+    if stamp != __version__:
+        raise ImportError(
+            f"fastcifar: the extension {Path(spec.origin).name} was built for fastcifar {stamp or '(no stamp)'}, and this "
+            f"is {__version__}; rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps fastcifar"
+        )
+    try:
+        importlib.import_module(f"{NAMESPACE}._C")
+    except ImportError as error:
+        raise ImportError(
+            f"fastcifar: the extension {Path(spec.origin).name} does not load with torch {torch.__version__} "
+            f"(it needs 2.10 or later): {error}"
+        ) from error
+    return None
+
+
+WHY_NO_EXTENSION = _load_extension()
+
+
+def _define() -> None:
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    _keep.append(library)
+    if WHY_NO_EXTENSION is not None:
+        for schema in _schemas():
+            library.define(schema)
+
+
+def _triton(family: str, *ops: str) -> None:
+    """Registers kernels/<family>.py's launchers for CUDA; Triton itself is imported at the first call."""
+    library = torch.library.Library(NAMESPACE, "IMPL", "CUDA")
+    _keep.append(library)
+    for op in ops:
+
+        def launch(*args, _op: str = op):
+            return getattr(importlib.import_module(f"{NAMESPACE}.kernels.{family}"), _op)(*args)
+
+        library.impl(op, launch)
+        OWNERS[op, "cuda"] = f"Triton, kernels/{family}.py"
+
+
+def owned(op: str, device: str) -> bool:
+    """Whether a kernel serves ``op`` on a device type; where none does, the reference runs."""
+    return (op, device) in OWNERS
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable:
+    """``function.apply`` without its overhead where nothing but plain eager autograd is active.
+
+    ``torch.autograd.Function.apply`` inspects the signature of ``forward`` at every call, to fill in defaults: several
+    times the cost of a small op. The C-level apply below it is what it calls in the end; torch.compile and torch.func
+    need the whole.
+    """
+    base = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        return base(*args)
+
+    return apply
+
+
+def cpu_isa(isa: str | None = None) -> str:
+    """The instruction set that CPU kernels use, after putting ``isa`` in use if one is given.
+
+    Args:
+        isa: ``"baseline"``, ``"avx2"``, ``"avx512"``, or None to ask only.
+
+    Raises:
+        RuntimeError: the extension is not built.
+        ValueError: this machine does not execute ``isa``, or FASTCIFAR_CPU_ISA names one that it does not.
+    """
+    if WHY_NO_EXTENSION is not None:
+        raise RuntimeError(f"cpu_isa: {WHY_NO_EXTENSION}")
+    if isa is not None and isa not in ISAS:
+        raise ValueError(f"cpu_isa: expected one of {', '.join(ISAS)}; got {isa!r}")
+    level = torch.ops.fastcifar._cpu_isa.default(-1 if isa is None else ISAS.index(isa))
+    if level < 0:
+        raise ValueError(f"cpu_isa: this machine does not execute the instruction set {isa or 'in FASTCIFAR_CPU_ISA'}")
+    return ISAS[level]
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which kernels compute and keep state for an input of ``dtype``."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _move(t: Tensor | None, batch_dim: int | None, to: int, size: int) -> Tensor | None:
+    """``t`` with its batch dimension at ``to``; expanded there where it has none."""
+    if t is None:
+        return None
+    if batch_dim is None:
+        return t.unsqueeze(to).expand(*t.shape[:to], size, *t.shape[to:])
+    return t.movedim(batch_dim, to)
+
+
+# ---- spiking ---------------------------------------------------------------------------------------------------------
+# Time is dimension 0 and everything after it is neurons, so a vmapped dimension is one more dimension of neurons.
+# Autocast: no rule; the kernels take any floating dtype and compute in float32 inside.
+
+
+def _state_like(x: Tensor) -> Tensor:
+    dtype = state_dtype(x.dtype)
+    return torch.empty_like(x[0], dtype=dtype) if x.shape[0] else x.new_empty(x.shape[1:], dtype=dtype)
+
+
+def _lif_forward_fake(x, v, tau, decay_input, v_threshold, v_reset, store_v_seq):
+    dtype = state_dtype(x.dtype)
+    v_seq = torch.empty_like(x, dtype=dtype) if store_v_seq else x.new_empty((0,), dtype=dtype)
+    return torch.empty_like(x), _state_like(x), v_seq
+
+
+def _lif_backward_fake(grad_spikes, grad_v_last, grad_v_seq, x, v, *options):
+    grad_v = x.new_empty((0,), dtype=state_dtype(x.dtype)) if v is None else _state_like(x)
+    return torch.empty_like(x), grad_v
+
+
+def _lif_forward_vmap(info, in_dims, x, v, *options):
+    store_v_seq = options[-1]
+    x, v = _move(x, in_dims[0], 1, info.batch_size), _move(v, in_dims[1], 0, info.batch_size)
+    return torch.ops.fastcifar.lif_forward(x, v, *options), (1, 0, 1 if store_v_seq else None)
+
+
+def _lif_backward_vmap(info, in_dims, grad_spikes, grad_v_last, grad_v_seq, x, v, *options):
+    where = (1, 0, 1, 1, 0)
+    tensors = (grad_spikes, grad_v_last, grad_v_seq, x, v)
+    moved = [
+        _move(t, dim, to, info.batch_size) for t, dim, to in zip(tensors, in_dims[:5], where, strict=True)
+    ]
+    return torch.ops.fastcifar.lif_backward(*moved, *options), (1, None if v is None else 0)
+
+
+_define()
+for _op, _fake, _vmap in (
+    ("lif_forward", _lif_forward_fake, _lif_forward_vmap),
+    ("lif_backward", _lif_backward_fake, _lif_backward_vmap),
+):
+    torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
+    torch.library.register_vmap(f"{NAMESPACE}::{_op}", _vmap, lib=_keep[0])
+    if WHY_NO_EXTENSION is None:
+        OWNERS[_op, "cpu"] = "C++, csrc/cpu/spiking.inl"
+
+if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
+    _triton("spiking", "lif_forward", "lif_backward")
