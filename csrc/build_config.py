@@ -17,13 +17,15 @@ HEADERS = [
     "csrc/cpu/types.h",
     "csrc/cpu/dispatch.h",
     "csrc/cpu/vec.h",
+    "csrc/cpu/common_kernels.h",
+    "csrc/cpu/common_kernels.inl",
     "fastcifar/_schemas.inc",
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
 ]
 
 # -ffp-contract=off: g++ otherwise fuses a multiplication and an addition into one rounding, and the result differs from
 # eager PyTorch. TORCH_TARGET_VERSION: torch's stable ABI as of 2.10. Py_LIMITED_API: CPython's as of 3.10.
-CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+CXX_FLAGS = ["-O2", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 
 SANITIZERS = {

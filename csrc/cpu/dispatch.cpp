@@ -11,16 +11,18 @@ namespace fastcifar {
   namespace baseline { extern const Table family; }       \
   namespace avx2 { extern const Table family; }           \
   namespace avx512 { extern const Table family; }         \
-  static const Table* const family##_tables[kIsas] = {&baseline::family, &avx2::family, &avx512::family};
+  const Table& family(Isa isa) {                          \
+    static const Table* const tables[kIsas] = {&baseline::family, &avx2::family, &avx512::family}; \
+    return *tables[isa];                                  \
+  }
 #else
 #define FC_TABLES(family, Table)                    \
   namespace baseline { extern const Table family; } \
-  static const Table* const family##_tables[kIsas] = {&baseline::family, &baseline::family, &baseline::family};
+  const Table& family(Isa) { return baseline::family; }
 #endif
 
+FC_TABLES(common_kernels, CommonKernels)
 FC_TABLES(spiking_kernels, SpikingKernels)
-
-const SpikingKernels& spiking_kernels(Isa isa) { return *spiking_kernels_tables[isa]; }
 
 Isa best_isa() {
 #if defined(__x86_64__)

@@ -1,5 +1,6 @@
 // Which instruction set serves the raw kernels: the best one the machine has, unless FASTCIFAR_CPU_ISA names another.
 #pragma once
+#include "common_kernels.h"
 #include "spiking.h"
 
 namespace fastcifar {
@@ -16,6 +17,7 @@ Isa active_isa();
 Isa select_isa(int isa);
 
 // One table a family and instruction set.
+const CommonKernels& common_kernels(Isa isa);
 const SpikingKernels& spiking_kernels(Isa isa);
 
 }  // namespace fastcifar

@@ -138,7 +138,7 @@ def check_options(op: str, tau: float, decay_input: bool, v_threshold: float, v_
     for name, value in (("tau", tau), ("v_threshold", v_threshold), ("v_reset", 0 if v_reset is None else v_reset)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
             raise ValueError(f"{op}: expected {name} to be finite, got {value}")
     lowest = 1 if decay_input else 0
     if tau <= lowest:

@@ -3,5 +3,6 @@
 #pragma GCC target("avx2,f16c")
 #define FASTCIFAR_ISA avx2
 #define FASTCIFAR_VECTOR_BYTES 32
+#include "../common_kernels.inl"
 #include "../spiking.inl"
 #endif

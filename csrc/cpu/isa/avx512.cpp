@@ -3,5 +3,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
 #define FASTCIFAR_ISA avx512
 #define FASTCIFAR_VECTOR_BYTES 64
+#include "../common_kernels.inl"
 #include "../spiking.inl"
 #endif

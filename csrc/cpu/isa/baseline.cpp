@@ -1,4 +1,5 @@
 // Every family's kernels for any machine: 128-bit registers (SSE2 on x86-64, NEON on Arm).
 #define FASTCIFAR_ISA baseline
 #define FASTCIFAR_VECTOR_BYTES 16
+#include "../common_kernels.inl"
 #include "../spiking.inl"

@@ -1,0 +1,310 @@
+"""The whole test matrix of every op, from its one declaration in fastcifar/<family>/spec.py.
+
+pytest collects this file (python_files in pyproject.toml); an op that is declared there needs nothing here.
+"""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from fastcifar import _library
+from fastcifar.spec import all_specs, compare, identical, run
+
+SPECS = all_specs()
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+by_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+by_device = pytest.mark.parametrize("device", DEVICES)
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+
+
+def _channels_last(t):
+    return t.movedim(-3, -1).contiguous().movedim(-1, -3) if t.dim() >= 3 else t
+
+
+def _with_offset(t):
+    flat = torch.empty(t.numel() + 3, dtype=t.dtype, device=t.device)[3:]
+    return flat.view(t.shape).copy_(t)
+
+
+def _sliced(t):
+    wide = t.new_zeros(*t.shape[:-1], 2 * t.shape[-1]) if t.dim() else t
+    return wide[..., ::2].copy_(t) if t.dim() else t
+
+
+# Each gives a tensor with the same values (expanded: with the first column's) in another layout.
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 1 else t,
+    "second_dimension_first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1) if t.dim() > 1 else t,
+    "sliced": _sliced,
+    "expanded": lambda t: t[..., :1].expand_as(t) if t.dim() and t.shape[-1] else t,
+    "channels_last": _channels_last,
+    "storage_offset": _with_offset,
+}
+
+
+def _inputs(spec, size, dtype, device, layout="contiguous"):
+    return {name: LAYOUTS[layout](t) for name, t in spec.sample(size, dtype, device, 0).items()}
+
+
+def _agree(spec, inputs, each_isa, device, options=None):
+    problems = []
+
+    def check(isa):
+        for o in spec.options if options is None else options:
+            problems.extend(f"{isa}: {p}" for p in compare(spec, inputs, o))
+
+    if device == "cpu" and _library.WHY_NO_EXTENSION is None:
+        each_isa(check)
+    else:
+        check(device)
+    assert not problems, "\n".join(problems)
+
+
+@by_spec
+@by_device
+@by_dtype
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_reference_in_every_layout(spec, device, dtype, layout, each_isa):
+    _agree(spec, _inputs(spec, "prime", dtype, device, layout), each_isa, device)
+
+
+@by_spec
+@by_device
+@by_dtype
+@pytest.mark.parametrize("size", ["empty", "one"])
+def test_equals_reference_in_small_sizes(spec, device, dtype, size, each_isa):
+    _agree(spec, _inputs(spec, size, dtype, device), each_isa, device)
+
+
+@by_spec
+@by_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_equals_reference_where_threads_share_the_work(spec, device, dtype, layout, each_isa):
+    _agree(spec, _inputs(spec, "large", dtype, device, layout), each_isa, device, options=spec.options[:2])
+
+
+@by_spec
+@by_device
+def test_every_subset_of_gradients(spec, device):
+    inputs = _inputs(spec, "prime", torch.float32, device)
+    names = spec.differentiable
+    for mask in range(2 ** len(names)):
+        wanted = tuple(n for i, n in enumerate(names) if mask >> i & 1)
+        for options in spec.options:
+            assert compare(spec, inputs, options, wanted) == []
+
+
+@by_spec
+@by_device
+def test_same_bits_for_any_thread_count_instruction_set_and_repetition(spec, device, threads, each_isa):
+    inputs = _inputs(spec, "large", torch.float32, device)
+    seen = []
+
+    def check(_):
+        for count in (1, 2, 3):
+            threads(count)
+            outputs, grads, _ = run(spec.function, inputs, spec.options[1], spec.differentiable)
+            seen.append([*[o for o in outputs if o is not None], *grads.values()])
+
+    if device == "cpu":
+        each_isa(check)
+    check(None)
+    for other in seen[1:]:
+        assert all(identical(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@by_spec
+@by_device
+def test_nan_and_infinity_propagate_as_in_the_reference(spec, device, each_isa):
+    inputs = _inputs(spec, "prime", torch.float32, device)
+    for t in inputs.values():
+        flat = t.view(-1)
+        flat[::11], flat[3::17], flat[5::19] = float("nan"), float("inf"), float("-inf")
+
+    def check(_):
+        for options in spec.options:
+            ours, _, _ = run(spec.function, inputs, options, ())
+            expected, _, _ = run(spec.reference, inputs, options, ())
+            assert all(o is None or identical(o, e) for o, e in zip(ours, expected, strict=True))
+
+    each_isa(check) if device == "cpu" else check(None)
+
+
+@by_spec
+@pytest.mark.parametrize("bad", range(max(len(s.bad_inputs) for s in SPECS)))
+def test_bad_input_is_refused_in_a_sentence(spec, bad):
+    if bad >= len(spec.bad_inputs):
+        pytest.skip("this op declares fewer")
+    case = spec.bad_inputs[bad]
+    with pytest.raises(case.error, match=case.says) as caught:
+        spec.function(**case.arguments())
+    assert str(caught.value).startswith(f"{spec.name}: expected")
+
+
+@by_spec
+@by_device
+@by_dtype
+def test_opcheck(spec, device, dtype):
+    for options in spec.options[:2]:
+        for layout in ("contiguous", "channels_last"):
+            calls = spec.raw_calls(_inputs(spec, "prime", dtype, device, layout), options)
+            assert set(calls) == set(spec.raw_ops)
+            for name, arguments in calls.items():
+                torch.library.opcheck(getattr(torch.ops.fastcifar, name).default, arguments)
+
+
+@by_spec
+@by_device
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_has_the_strides_of_the_real_result(spec, device, layout):
+    inputs = _inputs(spec, "prime", torch.bfloat16, device, layout)
+    for options in spec.options:
+        for name, arguments in spec.raw_calls(inputs, options).items():
+            op = getattr(torch.ops.fastcifar, name).default
+            mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+            with mode:
+                fake = op(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+            for f, r in zip(fake, op(*arguments), strict=True):
+                assert (f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride())
+
+
+@by_spec
+@by_device
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(spec, device, dynamic):
+    torch._dynamo.reset()
+    options = spec.options[1]
+    compiled = torch.compile(
+        lambda **t: spec.function(**t, **options), fullgraph=True, dynamic=dynamic, backend="aot_eager"
+    )
+    for size in ("prime", "large"):
+        inputs = _inputs(spec, size, torch.float32, device)
+        ours, our_grads, cotangents = run(lambda **t: compiled(**t), inputs, {}, spec.differentiable)
+        plain, plain_grads, _ = run(spec.function, inputs, options, spec.differentiable, cotangents)
+        assert all(identical(a, b) for a, b in zip(ours, plain, strict=True) if a is not None)
+        assert all(identical(our_grads[n], plain_grads[n]) for n in spec.differentiable)
+
+
+@by_spec
+@by_device
+def test_exports(spec, device):
+    inputs = _inputs(spec, "prime", torch.float32, device)
+
+    class Program(torch.nn.Module):
+        def forward(self, **tensors):
+            return tuple(o for o in spec.function(**tensors, **spec.options[1]) if o is not None)
+
+    exported = torch.export.export(Program(), (), inputs)
+    called = {str(n.target) for n in exported.graph.nodes if n.op == "call_function"}
+    assert f"fastcifar.{spec.raw_ops[0]}.default" in called
+    expected = [o for o in spec.function(**inputs, **spec.options[1]) if o is not None]
+    assert all(identical(a, b) for a, b in zip(exported.module()(**inputs), expected, strict=True))
+
+
+@by_spec
+@by_device
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_keeps_to_the_same_answer(spec, device, dtype):
+    if device == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        pytest.skip("this GPU has no bfloat16")
+    inputs = _inputs(spec, "prime", dtype, device)
+    outside = spec.function(**inputs, **spec.options[0])
+    with torch.autocast(device, dtype=dtype):
+        inside = spec.function(**inputs, **spec.options[0])
+    assert all(identical(a, b) for a, b in zip(inside, outside, strict=True) if a is not None)
+
+
+def _first_loss(spec, inputs, options):
+    """A scalar function of the first argument alone, for torch.func."""
+    first, *_ = inputs
+    rest = {n: t for n, t in inputs.items() if n != first}
+    weight = torch.linspace(0.5, 1.5, 97, device=inputs[first].device)
+
+    def loss(t):
+        out = spec.function(**{first: t}, **rest, **options)[0]
+        return (out.float().flatten() * weight.repeat(out.numel() // 97 + 1)[: out.numel()]).sum()
+
+    return loss, inputs[first]
+
+
+@by_spec
+@by_device
+def test_torch_func_grad(spec, device):
+    for options in spec.options:
+        loss, t = _first_loss(spec, _inputs(spec, "prime", torch.float32, device), options)
+        leaf = t.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(leaf), leaf)
+        assert identical(torch.func.grad(loss)(t), expected)
+
+
+@by_spec
+@by_device
+@pytest.mark.parametrize("in_dim", [0, 1, -1])
+def test_vmap_equals_a_loop(spec, device, in_dim):
+    inputs = _inputs(spec, "prime", torch.float32, device)
+    first = next(iter(inputs))
+    rest = {n: t for n, t in inputs.items() if n != first}
+    batch = torch.stack([inputs[first] * scale for scale in (0.5, 1.0, 1.5)]).movedim(0, in_dim)
+    for options in spec.options:
+
+        def outputs(t, options=options):
+            return tuple(o for o in spec.function(**{first: t}, **rest, **options) if o is not None)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns where it falls back to a loop
+            mapped = torch.func.vmap(outputs, in_dims=in_dim)(batch)
+        looped = [outputs(t) for t in batch.unbind(in_dim)]
+        for i, m in enumerate(mapped):
+            assert identical(m, torch.stack([out[i] for out in looped]))
+
+
+@by_spec
+@by_device
+def test_vmap_of_grad_equals_a_loop(spec, device):
+    inputs = _inputs(spec, "prime", torch.float32, device)
+    loss, t = _first_loss(spec, inputs, spec.options[1])
+    batch = torch.stack([t * scale for scale in (0.5, 1.0, 1.5)])
+    mapped = torch.func.vmap(torch.func.grad(loss))(batch)
+    assert identical(mapped, torch.stack([torch.func.grad(loss)(b) for b in batch]))
+
+
+@by_spec
+@by_device
+def test_second_derivative_is_exact_or_refused(spec, device):
+    inputs = {n: t.requires_grad_() for n, t in _inputs(spec, "prime", torch.float64, device).items()}
+    out = spec.function(**inputs, **spec.options[0])[0]
+    (grad,) = torch.autograd.grad((out * out.detach().cos()).sum(), inputs[spec.differentiable[0]], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
+        grad.square().sum().backward()
+
+
+@by_spec
+@by_device
+def test_module_survives_copy_pickle_and_state_dict(spec, device):
+    module = spec.module().to(device)
+    t = next(iter(_inputs(spec, "prime", torch.float32, device).values()))
+    module(t.clone().requires_grad_())
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    twins = [copy.deepcopy(module), torch.load(buffer, weights_only=False)]
+    expected = module(t)
+    for twin in twins:
+        assert identical(twin(t), expected)
+    fresh = spec.module().to(device)
+    assert fresh.load_state_dict(module.state_dict(), strict=True)
+    assert repr(fresh) == repr(module)
+
+
+@by_spec
+def test_without_a_kernel_the_reference_runs(spec, monkeypatch):
+    inputs = _inputs(spec, "prime", torch.float32, "cpu")
+    monkeypatch.setattr(_library, "OWNERS", {})
+    with torch.profiler.profile() as profile:
+        assert compare(spec, inputs, spec.options[0]) == []
+    assert not any("fastcifar" in event.key for event in profile.key_averages())

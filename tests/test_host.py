@@ -1,0 +1,173 @@
+"""The raw kernels on numpy arrays (fastcifar._host): no torch between the test and the instructions."""
+
+import math
+
+import numpy as np
+import pytest
+
+host = pytest.importorskip("fastcifar._host", reason="fastcifar._host is not built (FASTCIFAR_HOST=1)")
+
+ISAS = host.isas()
+by_isa = pytest.mark.parametrize("isa", ISAS)
+
+
+def _exp(isa, x):
+    out = np.empty_like(x)
+    host.exp_nonpositive(isa, x.dtype.name, x, out)
+    return out
+
+
+@by_isa
+def test_exp_is_within_its_documented_bound_in_float32(isa):
+    rng = np.random.default_rng(0)
+    x = -np.concatenate([np.linspace(0, 110, 400_001), rng.exponential(1, 400_000), 2.0 ** np.arange(-30, 7)])
+    x = x.astype(np.float32)
+    truth = np.exp(x.astype(np.float64))
+    ulp = np.spacing(truth.astype(np.float32)).astype(np.float64)
+    assert (np.abs(_exp(isa, x).astype(np.float64) - truth) / ulp).max() <= 1.5
+
+
+@by_isa
+def test_exp_is_within_its_documented_bound_in_float64(isa):
+    rng = np.random.default_rng(0)
+    x = -np.concatenate([np.linspace(0, 744, 100_001), rng.exponential(1, 100_000)])
+    truth = np.exp(x.astype(np.longdouble))  # the x87 format has 64 bits of mantissa
+    ulp = np.spacing(truth.astype(np.float64)).astype(np.longdouble)
+    assert (np.abs(_exp(isa, x).astype(np.longdouble) - truth) / ulp).max() <= 1.5
+
+
+@by_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_exp_at_the_ends(isa, dtype):
+    x = np.array([0.0, -0.0, -math.inf, math.nan, -1e30, -800.0], dtype)
+    out = _exp(isa, x)
+    assert out[0] == out[1] == 1
+    assert (out[[2, 4, 5]] == 0).all()
+    assert np.isnan(out[3])
+
+
+@by_isa
+def test_every_float16_widens_exactly(isa):
+    bits = np.arange(2**16, dtype=np.uint16)
+    out = np.empty(bits.size, np.float32)
+    host.convert(isa, "float16", True, bits, out)
+    np.testing.assert_array_equal(out, bits.view(np.float16).astype(np.float32))
+
+
+@by_isa
+def test_every_bfloat16_widens_exactly(isa):
+    bits = np.arange(2**16, dtype=np.uint16)
+    out = np.empty(bits.size, np.float32)
+    host.convert(isa, "bfloat16", True, bits, out)
+    np.testing.assert_array_equal(out.view(np.uint32), bits.astype(np.uint32) << 16)
+
+
+def _hard_to_round():
+    """Every float16 and bfloat16, the midpoints between neighbours, their neighbours in float32, and random bits."""
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    half = np.sort(half[np.isfinite(half)])
+    middle = ((half[1:].astype(np.float64) + half[:-1]) / 2).astype(np.float32)
+    brain = ((np.arange(2**16, dtype=np.uint32) << 16) | 0x8000).view(np.float32)
+    random = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32).view(np.float32)
+    near = np.concatenate([half, middle, brain])
+    with np.errstate(invalid="ignore", over="ignore"):
+        up, down = np.nextafter(near, np.float32(math.inf)), np.nextafter(near, np.float32(-math.inf))
+    return np.concatenate([near, up, down, random]).astype(np.float32)
+
+
+@by_isa
+def test_float32_narrows_to_float16_with_one_rounding(isa):
+    x = _hard_to_round()
+    out = np.empty(x.size, np.uint16)
+    host.convert(isa, "float16", False, x, out)
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = x.astype(np.float16)
+    nan = np.isnan(x)
+    np.testing.assert_array_equal(out[~nan], expected.view(np.uint16)[~nan])
+    assert np.isnan(out.view(np.float16)[nan]).all()
+
+
+@by_isa
+def test_float32_narrows_to_bfloat16_with_one_rounding(isa):
+    torch = pytest.importorskip("torch")
+    x = _hard_to_round()
+    out = np.empty(x.size, np.uint16)
+    host.convert(isa, "bfloat16", False, x, out)
+    expected = torch.from_numpy(x).bfloat16().view(torch.uint16).numpy()
+    nan = np.isnan(x)
+    np.testing.assert_array_equal(out[~nan], expected[~nan])
+    assert (out[nan] & 0x7FFF > 0x7F80).all()
+
+
+def _lif(isa, dtype, x, v, stream=False, v_reset=0.0):
+    """The forward kernel; x in the storage type."""
+    steps, neurons = x.shape
+    spikes, v_last = np.empty_like(x), np.empty(neurons, np.float64 if dtype == "float64" else np.float32)
+    host.lif_forward(isa, dtype, steps, neurons, x, v, spikes, v_last, v_reset=v_reset, stream=stream)
+    return spikes, v_last
+
+
+@by_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("neurons", [1, 3, 16, 17, 1000, 1025])
+def test_lif_equals_the_equations_in_numpy(isa, dtype, neurons):
+    rng = np.random.default_rng(neurons)
+    x = (rng.standard_normal((6, neurons)) * 2).astype(dtype)
+    v = v0 = rng.standard_normal(neurons).astype(dtype)
+    expected = []
+    for x_t in x:
+        h = v + (x_t - v) / np.asarray(2, dtype)
+        s = (h >= 1).astype(dtype)
+        v = (1 - s) * h
+        expected.append(s)
+    spikes, v_last = _lif(isa, dtype, x, v0)
+    np.testing.assert_array_equal(spikes, expected)
+    np.testing.assert_array_equal(v_last, v)
+
+
+@by_isa
+def test_streaming_stores_write_the_same_bits(isa):
+    rng = np.random.default_rng(0)
+    steps, neurons = 3, 4096
+    room = np.empty(steps * neurons + 64, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    aligned = room[start : start + steps * neurons].reshape(steps, neurons)
+    x = rng.standard_normal((steps, neurons)).astype(np.float32) * 2
+    v_last = np.empty(neurons, np.float32)
+    host.lif_forward(isa, "float32", steps, neurons, x, None, aligned, v_last, stream=True)
+    plain, plain_v = _lif(isa, "float32", x, None)
+    np.testing.assert_array_equal(aligned, plain)
+    np.testing.assert_array_equal(v_last, plain_v)
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    rng = np.random.default_rng(0)
+    steps, neurons = 5, 777
+    for dtype, storage in (("float32", np.float32), ("float64", np.float64), ("float16", np.float16)):
+        x = (rng.standard_normal((steps, neurons)) * 2).astype(storage)
+        g = rng.standard_normal((steps, neurons)).astype(storage)
+        for surrogate in range(4):
+            results = []
+            for isa in ISAS:
+                grad_x = np.empty_like(x)
+                host.lif_backward(
+                    isa, dtype, steps, neurons, g, None, None, x, None, grad_x, None, tau=3.0, surrogate=surrogate
+                )
+                results.append(grad_x.tobytes())
+            assert len(set(results)) == 1
+
+
+def test_wrong_buffers_are_refused():
+    x = np.zeros((2, 8), np.float32)
+    with pytest.raises(ValueError, match="expected x"):
+        _lif(ISAS[0], "float32", x[:, ::2], None)
+    with pytest.raises(ValueError, match="instruction set"):
+        _lif("sse9", "float32", x, None)
+
+
+@by_isa
+def test_stream_copy_copies_every_byte(isa):
+    src = np.random.default_rng(0).integers(0, 256, 100_003, dtype=np.uint8)
+    dst = np.zeros_like(src)
+    host.stream_copy(dst, src, isa)
+    np.testing.assert_array_equal(dst, src)
