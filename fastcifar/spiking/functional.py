@@ -156,10 +156,10 @@ class LIFFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, v, *ctx.options, store_v_seq = inputs
+        x, v, *ctx.options, ctx.store_v_seq = inputs
         ctx.save_for_backward(x, v)
         ctx.set_materialize_grads(False)
-        if not store_v_seq:
+        if not ctx.store_v_seq:
             ctx.mark_non_differentiable(output[2])
 
     @staticmethod
@@ -168,6 +168,8 @@ class LIFFunction(torch.autograd.Function):
         x, v = ctx.saved_tensors
         if grad_spikes is None:
             grad_spikes = torch.zeros_like(x)
+        if not ctx.store_v_seq:
+            grad_v_seq = None  # torch.compile gives zeros for an output that is not differentiable
         grad_x, grad_v = _backward(grad_spikes, grad_v_last, grad_v_seq, x, v, *ctx.options)
         return grad_x, None if v is None else grad_v, *[None] * 8
 

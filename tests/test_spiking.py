@@ -1,0 +1,316 @@
+"""What is special about the spiking family; the matrix that every op shares is in conformance.py."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastcifar import _library
+from fastcifar.spec import identical
+from fastcifar.spiking import LIF, lif, reference, surrogate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SURROGATES = [surrogate.ATan, surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Rectangular]
+
+
+def _currents(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * 1.5 + 0.5).to(dtype)
+
+
+# ---- against SpikingJelly --------------------------------------------------------------------------------------------
+
+
+def _peer_surrogate(ours):
+    peers = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    name = {"Rectangular": "Rect"}.get(type(ours).__name__, type(ours).__name__)
+    return getattr(peers, name)(alpha=ours.alpha)
+
+
+GRID = list(itertools.product((2.0, 3.0, 1.3, 16.0), (True, False), (0.0, None, -0.3, 0.25), (True, False)))
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+@pytest.mark.parametrize("alpha", [None, 0.7, 5.0])
+def test_spikes_and_gradients_equal_spikingjelly(kind, alpha):
+    """Spikes and membranes to the bit, gradients to 1e-6 of the largest; or, where SpikingJelly's own rounding error is
+    beyond that (its sigmoid gradient cancels in 1 - sigmoid), nearer to the float64 gradient than SpikingJelly's."""
+    peer = pytest.importorskip("spikingjelly.activation_based.functional")
+    ours = kind() if alpha is None else kind(alpha=alpha)
+    theirs = _peer_surrogate(ours)
+
+    def run(function, dtype, *args, **options):
+        leaves = [_currents(6, 5, 41, seed=1).to(dtype), (_currents(5, 41, seed=2) * 0.3).to(dtype)]
+        outputs = function(*[t.requires_grad_() for t in leaves], *args, **options, store_v_seq=True)
+        weights = [_currents(*o.shape, seed=3 + i).to(dtype) for i, o in enumerate(outputs)]
+        return [o.detach() for o in outputs], torch.autograd.grad(outputs, leaves, weights)
+
+    for (tau, decay_input, v_reset, detach_reset), threshold in zip(GRID, itertools.cycle((1.0, 0.5)), strict=False):
+        options = {"tau": tau, "decay_input": decay_input, "v_threshold": threshold, "v_reset": v_reset}
+        more = {"surrogate": ours, "detach_reset": detach_reset}
+        mine, my_grads = run(lif, torch.float32, **options, **more)
+        their, their_grads = run(peer.lif_multi_step, torch.float32, *options.values(), theirs, detach_reset)
+        assert all(identical(a, b) for a, b in zip(mine, their, strict=True))
+        for i, (a, b) in enumerate(zip(my_grads, their_grads, strict=True)):
+            if (a - b).abs().max() > 1e-6 * b.abs().max():
+                truth = run(reference.lif, torch.float64, **options, **more)[1][i]
+                assert (a - truth).abs().max() < (b - truth).abs().max(), options
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_surrogates_equal_spikingjelly(kind):
+    u = torch.linspace(-6, 6, 4001, dtype=torch.float64).requires_grad_()
+    for alpha in (0.5, 1.0, 4.0):
+        ours = kind(alpha=alpha)
+        (expected,) = torch.autograd.grad(_peer_surrogate(ours)(u).sum(), u)
+        (got,) = torch.autograd.grad(ours(u).sum(), u)
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(ours.grad(u.detach()), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_default_alphas_are_spikingjellys():
+    peers = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    for kind, name in zip(SURROGATES, ("ATan", "Sigmoid", "PiecewiseQuadratic", "Rect"), strict=True):
+        assert kind().alpha == getattr(peers, name)().alpha
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SURROGATES)
+def test_surrogate_gradient_stays_finite_far_from_the_threshold(kind):
+    x = torch.tensor([[-1e30, -1e4, -88.0, 0.0, 88.0, 1e4, 1e30]]).requires_grad_()
+    spikes, _, _ = lif(x, tau=2.0, surrogate=kind(alpha=25.0), detach_reset=True)
+    (grad,) = torch.autograd.grad(spikes.sum(), x)
+    assert grad.isfinite().all()
+
+
+def test_nothing_is_saved_but_the_input_and_the_initial_state():
+    for v in (None, torch.zeros(3, 5)):
+        saved = []
+        x = _currents(4, 3, 5).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            lif(x, v, store_v_seq=True)
+        assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, v) if t is not None}
+
+
+def test_changing_the_input_in_place_before_backward_raises():
+    leaf = _currents(4, 3).requires_grad_()
+    x = leaf * 1
+    spikes, _, _ = lif(x)
+    x.relu_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        spikes.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_chunks_of_time_equal_the_whole_with_gradients_through_the_state(dtype):
+    x = _currents(9, 4, 7, dtype=dtype)
+    v = torch.zeros(4, 7)
+    weight = _currents(9, 4, 7, seed=1, dtype=dtype)
+
+    def chunked(x, v):
+        spikes = []
+        for part in x.split([1, 3, 5]):
+            s, v, _ = lif(part, v)
+            spikes.append(s)
+        return torch.cat(spikes), v
+
+    results = []
+    for run in (chunked, lambda x, v: lif(x, v)[:2]):
+        leaves = x.clone().requires_grad_(), v.clone().requires_grad_()
+        spikes, v_last = run(*leaves)
+        loss = (spikes * weight).float().sum() + v_last.square().sum()
+        results.append((spikes, v_last, *torch.autograd.grad(loss, leaves)))
+    for part, whole in zip(*results, strict=True):
+        assert identical(part, whole)
+
+
+def test_gradient_that_is_expanded_over_time_or_everywhere():
+    for reduce in (lambda s: s.sum(), lambda s: s.mean(0).square().sum(), lambda s: s[..., :1].sum()):
+        grads = []
+        for run in (lif, reference.lif):
+            x = _currents(5, 2, 8, 8).requires_grad_()
+            grads.append(torch.autograd.grad(reduce(run(x)[0]), x)[0])
+        torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
+
+
+def test_only_the_membrane_in_the_loss():
+    grads = []
+    for run in (lif, reference.lif):
+        x = _currents(5, 30).requires_grad_()
+        _, v_last, _ = run(x)
+        grads.append(torch.autograd.grad(v_last.square().sum(), x)[0])
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-7)
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0,), (3,), (1, 0), (1000, 3), (33, 1), (2, 1, 1, 1, 1, 1, 2)])
+def test_unusual_shapes(shape):
+    grads = []
+    for run in (lif, reference.lif):
+        x, v = _currents(*shape).requires_grad_(), _currents(*shape[1:], seed=1).requires_grad_()
+        spikes, v_last, v_seq = run(x, v, store_v_seq=True)
+        loss = spikes.sum() + v_last.sum() + v_seq.square().sum()
+        grads.append((spikes, v_last, v_seq, *torch.autograd.grad(loss, (x, v), materialize_grads=True)))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dense_layouts_are_kept():
+    x = _currents(3, 2, 5, 4, 6)
+    for layout in (
+        x,
+        x.flatten(0, 1).to(memory_format=torch.channels_last).unflatten(0, (3, 2)),
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        x.movedim(0, -1).contiguous().movedim(-1, 0),
+    ):
+        leaf = layout.detach().requires_grad_()
+        spikes, _, v_seq = lif(leaf, store_v_seq=True)
+        assert spikes.stride() == v_seq.stride() == layout.stride()
+        assert torch.autograd.grad(spikes.sum(), leaf)[0].stride() == layout.stride()
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    step=st.integers(1, 3),
+    tau=st.floats(1.01, 50),
+    v_reset=st.one_of(st.none(), st.floats(-1, 0.9)),
+    threshold=st.floats(0.1, 3),
+    decay_input=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+def test_any_strides_and_options_equal_the_reference(shape, order, step, tau, v_reset, threshold, decay_input, dtype):
+    permutation = list(range(len(shape)))
+    order.shuffle(permutation)
+    x = _currents(*[n * step for n in shape], dtype=dtype).permute(permutation)
+    x = x[tuple(slice(None, None, step) for _ in shape)]
+    options = {"tau": tau, "v_reset": v_reset, "v_threshold": threshold, "decay_input": decay_input}
+    for got, expected in zip(lif(x, **options)[:2], reference.lif(x, **options)[:2], strict=True):
+        assert identical(got, expected)
+
+
+# ---- dtypes, modes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_state_in_the_inputs_half_dtype_is_accepted_and_kept_in_float32(dtype):
+    x, v = _currents(4, 33, dtype=dtype), _currents(33, dtype=dtype).requires_grad_()
+    spikes, v_last, _ = lif(x, v)
+    assert (spikes.dtype, v_last.dtype) == (dtype, torch.float32)
+    assert identical(v_last.detach(), lif(x, v.detach().float())[1])
+    assert torch.autograd.grad(v_last.sum(), v)[0].dtype == dtype
+
+
+def test_no_grad_and_inference_mode():
+    x = _currents(3, 4).requires_grad_()
+    with torch.no_grad():
+        assert not lif(x)[0].requires_grad
+    with torch.inference_mode():
+        assert lif(x.detach().clone())[0].is_inference()
+
+
+def test_runs_behind_a_convolution_under_autocast():
+    conv, neurons = torch.nn.Conv2d(3, 4, 3), LIF()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        spikes = neurons(conv(torch.randn(4, 3, 8, 8)).unflatten(0, (2, 2)))
+    assert spikes.dtype == torch.bfloat16
+    assert neurons.v.dtype == torch.float32
+    spikes.float().sum().backward()
+    assert conv.weight.grad.isfinite().all()
+
+
+def test_inductor_compiles_forward_and_backward():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: lif(x * 2, surrogate="sigmoid")[0] + 1, fullgraph=True)
+    x = _currents(4, 3, 5).requires_grad_()
+    (got,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    (expected,) = torch.autograd.grad((lif(x * 2, surrogate="sigmoid")[0] + 1).square().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_direct_ops_refuse_what_they_cannot_read():
+    op = torch.ops.fastcifar.lif_forward.default
+    rest = (2.0, True, 1.0, 0.0, False)
+    for x, v in (
+        (torch.zeros(2, 3, dtype=torch.int32), None),
+        (torch.tensor(1.0), None),
+        (torch.zeros(2, 3), torch.zeros(4)),
+        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.float64)),
+    ):
+        with pytest.raises(RuntimeError, match="lif_forward: expected"):
+            op(x, v, *rest)
+    back = torch.ops.fastcifar.lif_backward.default
+    x = torch.zeros(2, 3)
+    with pytest.raises(RuntimeError, match="expected grad_spikes like x"):
+        back(torch.zeros(2, 4), None, None, x, None, 2.0, True, 1.0, 0.0, 0, 2.0, False)
+    with pytest.raises(RuntimeError, match="unknown surrogate"):
+        back(x, None, None, x, None, 2.0, True, 1.0, 0.0, 9, 2.0, False)
+
+
+# ---- module ----------------------------------------------------------------------------------------------------------
+
+
+def test_module_keeps_resets_and_detaches_its_state():
+    x = _currents(6, 4, 5)
+    neurons = LIF(tau=3.0, store_v_seq=True)
+    assert neurons.v is None
+    first, second = neurons(x[:2]), neurons(x[2:])
+    assert identical(torch.cat([first, second]), lif(x, tau=3.0)[0])
+    assert identical(neurons.v_seq[-1], neurons.v)
+    neurons.reset()
+    assert neurons.v is None
+    assert neurons.v_seq is None
+    assert identical(neurons(x[:2]), first)
+    neurons(x.clone().requires_grad_())
+    neurons.detach()
+    assert not neurons.v.requires_grad
+    assert not neurons.state_dict()
+
+
+def test_module_refuses_a_batch_of_another_shape_until_reset():
+    neurons = LIF()
+    neurons(torch.zeros(2, 8, 3))
+    with pytest.raises(ValueError, match=r"expected v of shape \(5, 3\)"):
+        neurons(torch.zeros(2, 5, 3))
+    neurons.reset()
+    assert neurons(torch.zeros(2, 5, 3)).shape == (2, 5, 3)
+
+
+def test_module_moves_its_state_to_another_dtype():
+    neurons = LIF()
+    neurons(torch.zeros(2, 3))
+    assert neurons.double().v.dtype == torch.float64
+    assert neurons(torch.zeros(2, 3, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_module_names_itself_in_errors():
+    with pytest.raises(ValueError, match=r"LIF: expected tau above 1 with decay_input=True, got 0\.5"):
+        LIF(tau=0.5)
+    with pytest.raises(ValueError, match="expected alpha to be a positive"):
+        surrogate.ATan(alpha=0.0)
+
+
+# ---- instruction sets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
+def test_environment_forces_an_instruction_set():
+    def run(isa, code):
+        env = os.environ | {"FASTCIFAR_CPU_ISA": isa}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+    shown = run("baseline", "import fastcifar; print(fastcifar.doctor())").stdout
+    assert "baseline (FASTCIFAR_CPU_ISA names it)" in shown
+    failed = run("sse9", "import torch; from fastcifar.spiking import lif; lif(torch.zeros(2, 3))")
+    assert failed.returncode != 0
+    assert "FASTCIFAR_CPU_ISA names an instruction set that this machine does not execute" in failed.stderr
+    with pytest.raises(ValueError, match="expected one of baseline, avx2, avx512"):
+        _library.cpu_isa("sse9")
