@@ -53,7 +53,9 @@ def main() -> None:
     except ImportError:
         BuildExtension = None
     if BuildExtension is None or os.environ.get("FASTCIFAR_PURE") == "1":
-        print("fastcifar: building without the C++ extension; ops run their PyTorch references (python -m fastcifar doctor)")
+        print(
+            "fastcifar: building without the C++ extension: ops run their PyTorch references"
+        )
         setup()
         return
     extensions = [torch_extension(version)]

@@ -26,11 +26,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline int dtype_index(const Tensor& t, const char* op) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return kFloat32;
-    case ScalarType::Double: return kFloat64;
-    case ScalarType::BFloat16: return kBFloat16;
-    case ScalarType::Half: return kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Double:
+      return kFloat64;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      break;
   }
   FC_CHECK(false, op, ": expected float32, float64, bfloat16 or float16");
   return -1;
@@ -42,8 +47,9 @@ inline int64_t compute_bytes(int dtype) { return dtype == kFloat64 ? 8 : 4; }
 
 inline Isa checked_isa() {
   const Isa isa = active_isa();
-  FC_CHECK(isa != kIsaUnavailable, "FASTCIFAR_CPU_ISA names an instruction set that this machine does not execute; "
-                                   "expected one of baseline, avx2, avx512, up to what the machine has");
+  FC_CHECK(isa != kIsaUnavailable,
+           "FASTCIFAR_CPU_ISA names an instruction set that this machine does not execute; "
+           "expected one of baseline, avx2, avx512, up to what the machine has");
   return isa;
 }
 

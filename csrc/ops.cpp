@@ -1,8 +1,9 @@
 // The extension's entry point: every schema (fastcifar/_schemas.inc) and, a block a family, its CPU implementation.
+#include "ops.h"
+
 #include <Python.h>
 
 #include "common.h"
-#include "ops.h"
 
 #define FC_STRING(x) #x
 #define FC_EXPAND(x) FC_STRING(x)
@@ -24,7 +25,9 @@ STABLE_TORCH_LIBRARY(fastcifar, m) {
   for (const char* schema : schemas) m.def(schema);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastcifar, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", TORCH_BOX(&fastcifar::cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(fastcifar, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&fastcifar::cpu_isa));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   // spiking

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.machinery
 import importlib.util
 import mmap
 import re
@@ -42,14 +43,15 @@ def build_stamp(path: Path) -> str | None:
 
 def _load_extension() -> str | None:
     """Loads fastcifar._C, which defines the ops and owns the CPU; returns why there is none, or None."""
-    spec = importlib.util.find_spec(f"{NAMESPACE}._C")
+    # Beside this file and nowhere else: an editable install elsewhere must not lend its extension to this package.
+    spec = importlib.machinery.PathFinder.find_spec(f"{NAMESPACE}._C", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
         return "the C++ extension is not built (pip install --no-build-isolation . with a C++ compiler builds it)"
     stamp = build_stamp(Path(spec.origin))
     if stamp != __version__:
         raise ImportError(
-            f"fastcifar: the extension {Path(spec.origin).name} was built for fastcifar {stamp or '(no stamp)'}, and this "
-            f"is {__version__}; rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps fastcifar"
+            f"fastcifar: the extension {Path(spec.origin).name} was built for fastcifar {stamp or '(no stamp)'}, and "
+            f"this is {__version__}; rebuild it: pip install --no-build-isolation --force-reinstall --no-deps fastcifar"
         )
     try:
         importlib.import_module(f"{NAMESPACE}._C")
@@ -171,9 +173,7 @@ def _lif_forward_vmap(info, in_dims, x, v, *options):
 def _lif_backward_vmap(info, in_dims, grad_spikes, grad_v_last, grad_v_seq, x, v, *options):
     where = (1, 0, 1, 1, 0)
     tensors = (grad_spikes, grad_v_last, grad_v_seq, x, v)
-    moved = [
-        _move(t, dim, to, info.batch_size) for t, dim, to in zip(tensors, in_dims[:5], where, strict=True)
-    ]
+    moved = [_move(t, dim, to, info.batch_size) for t, dim, to in zip(tensors, in_dims[:5], where, strict=True)]
     return torch.ops.fastcifar.lif_backward(*moved, *options), (1, None if v is None else 0)
 
 

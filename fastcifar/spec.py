@@ -126,7 +126,9 @@ def _worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, mask: Tensor |
     ulp = torch.finfo(ours.dtype).eps * truth[keep].abs().max().item()
     if ours.dtype == torch.float64:
         ulp = 1e-13 * truth[keep].abs().max().item()
-    return None if error <= 2 * eager_error + ulp else f"error {error:.3g}, eager's {eager_error:.3g}, one ulp {ulp:.3g}"
+    return (
+        None if error <= 2 * eager_error + ulp else f"error {error:.3g}, eager's {eager_error:.3g}, one ulp {ulp:.3g}"
+    )
 
 
 def compare(

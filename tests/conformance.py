@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+
 from fastcifar import _library
 from fastcifar.spec import all_specs, compare, identical, run
 

@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU, Triton kernels run in its interpreter, which must be chosen before triton is imported."""
+"""Shared fixtures. Without a GPU, Triton runs in its interpreter, which must be chosen before triton is imported."""
 
 import os
 

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastcifar import _library
 from fastcifar.spec import identical
 from fastcifar.spiking import LIF, lif, reference, surrogate
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SURROGATES = [surrogate.ATan, surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Rectangular]
 
@@ -92,7 +93,7 @@ def test_nothing_is_saved_but_the_input_and_the_initial_state():
     for v in (None, torch.zeros(3, 5)):
         saved = []
         x = _currents(4, 3, 5).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             lif(x, v, store_v_seq=True)
         assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, v) if t is not None}
 

@@ -7,24 +7,26 @@ namespace fastcifar::FASTCIFAR_ISA {
 
 template <class A>
 void exp_nonpositive_array(const void* x, void* out, int64_t n) {
-  for_each_vector<A>(n, [&](int64_t i, auto width) {
-    store((A*)out + i, exp_nonpositive<A>(load((const A*)x + i, width)), width);
-  });
+  for_each_vector<A>(
+      n, [&](int64_t i, auto width) { store((A*)out + i, exp_nonpositive<A>(load((const A*)x + i, width)), width); });
 }
 template <class S>
 void widen_array(const void* x, void* out, int64_t n) {
-  for_each_vector<float>(n, [&](int64_t i, auto width) { store((float*)out + i, load((const S*)x + i, width), width); });
+  for_each_vector<float>(n,
+                         [&](int64_t i, auto width) { store((float*)out + i, load((const S*)x + i, width), width); });
 }
 template <class S>
 void narrow_array(const void* x, void* out, int64_t n) {
-  for_each_vector<float>(n, [&](int64_t i, auto width) { store((S*)out + i, load((const float*)x + i, width), width); });
+  for_each_vector<float>(n,
+                         [&](int64_t i, auto width) { store((S*)out + i, load((const float*)x + i, width), width); });
 }
 
 static void stream_copy(void* to, const void* from, int64_t bytes) {
   float* target = (float*)to;
   const float* source = (const float*)from;
   const bool aligned = (uintptr_t)to % kVectorBytes == 0;
-  for_each_vector<float>(bytes / 4, [&](int64_t i, auto width) { store(target + i, load(source + i, width), width, aligned); });
+  for_each_vector<float>(bytes / 4,
+                         [&](int64_t i, auto width) { store(target + i, load(source + i, width), width, aligned); });
   stream_fence();
   memcpy((char*)to + bytes / 4 * 4, (const char*)from + bytes / 4 * 4, bytes % 4);
 }

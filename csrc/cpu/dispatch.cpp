@@ -7,17 +7,25 @@
 namespace fastcifar {
 
 #if defined(__x86_64__)
-#define FC_TABLES(family, Table)                          \
-  namespace baseline { extern const Table family; }       \
-  namespace avx2 { extern const Table family; }           \
-  namespace avx512 { extern const Table family; }         \
-  const Table& family(Isa isa) {                          \
+#define FC_TABLES(family, Table)                                                                   \
+  namespace baseline {                                                                             \
+  extern const Table family;                                                                       \
+  }                                                                                                \
+  namespace avx2 {                                                                                 \
+  extern const Table family;                                                                       \
+  }                                                                                                \
+  namespace avx512 {                                                                               \
+  extern const Table family;                                                                       \
+  }                                                                                                \
+  const Table& family(Isa isa) {                                                                   \
     static const Table* const tables[kIsas] = {&baseline::family, &avx2::family, &avx512::family}; \
-    return *tables[isa];                                  \
+    return *tables[isa];                                                                           \
   }
 #else
-#define FC_TABLES(family, Table)                    \
-  namespace baseline { extern const Table family; } \
+#define FC_TABLES(family, Table) \
+  namespace baseline {           \
+  extern const Table family;     \
+  }                              \
   const Table& family(Isa) { return baseline::family; }
 #endif
 

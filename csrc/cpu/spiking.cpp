@@ -50,7 +50,8 @@ struct Walk {
 OptionalTensor state_input(const OptionalTensor& t, const Walk& walk, const char* op, const char* name) {
   if (!t) return {};
   FC_CHECK(t->is_cpu() && t->scalar_type() == walk.state_dtype() && sizes_of(*t) == walk.inner_sizes, op, ": expected ",
-           name, " with x's shape without its first dimension, on the CPU, in float64 for float64 x and float32 otherwise");
+           name,
+           " with x's shape without its first dimension, on the CPU, in float64 for float64 x and float32 otherwise");
   for (size_t d = 0; d < walk.inner_sizes.size(); ++d)
     if (walk.inner_sizes[d] > 1 && t->stride(d) != walk.state_strides[d]) return copy_as(*t, walk.state_strides);
   return t;
@@ -140,7 +141,8 @@ std::tuple<Tensor, Tensor> lif_backward(Tensor grad_spikes, OptionalTensor grad_
   const Walk walk(x, op);
   FC_CHECK(grad_spikes.is_cpu() && walk.same(grad_spikes) && grad_spikes.scalar_type() == x.scalar_type(), op,
            ": expected grad_spikes like x");
-  FC_CHECK(!grad_v_seq || (grad_v_seq->is_cpu() && walk.same(*grad_v_seq) && grad_v_seq->scalar_type() == walk.state_dtype()),
+  FC_CHECK(!grad_v_seq ||
+               (grad_v_seq->is_cpu() && walk.same(*grad_v_seq) && grad_v_seq->scalar_type() == walk.state_dtype()),
            op, ": expected grad_v_seq with x's shape, in the state's dtype");
   FC_CHECK(surrogate >= 0 && surrogate < kSurrogates, op, ": unknown surrogate ", surrogate);
   const bool need_grad_v = v.has_value();

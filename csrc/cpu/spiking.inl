@@ -1,10 +1,10 @@
 // Leaky integrate-and-fire over time, forward and backward; formulas in fastcifar/spiking/reference.py.
 //
 // Both passes are bound by memory, so each takes a block of neurons through all T steps while the membranes stay in the
-// first-level cache. Per neuron and step the forward reads x and writes a spike (8 bytes in float32); the backward reads
-// x and the spikes' gradient and writes x's gradient (12 bytes): it computes the membranes again from x instead of
-// reading them, which costs about 8 operations and saves 4 bytes written and 4 read. Rows of a block are long enough for
-// the hardware prefetcher to follow each of the T streams.
+// first-level cache. Per neuron and step the forward reads x and writes a spike (8 bytes in float32); the backward
+// reads x and the spikes' gradient and writes x's gradient (12 bytes): it computes the membranes again from x instead
+// of reading them, which costs about 8 operations and saves 4 bytes written and 4 read. Rows of a block are long enough
+// for the hardware prefetcher to follow each of the T streams.
 //
 // Every operation is the reference's, in its order and without fused multiply-add, so that membranes and spikes are
 // equal to it to the bit on every instruction set.
@@ -21,10 +21,18 @@ struct LifConstants {
   A alpha, atan_slope, atan_height, alpha_squared, half_width;
 
   explicit LifConstants(const LifProblem& p)
-      : tau(A(p.tau)), reciprocal_tau(A(1) / tau), threshold(A(p.v_threshold)), reset(A(p.v_reset)),
-        rest(p.hard_reset ? A(p.v_reset) : A(0)), decay_input(p.decay_input), exact_reciprocal(is_power_of_two(tau)),
-        alpha(A(p.alpha)), atan_slope(A(1.5707963267948966 * p.alpha)), atan_height(A(p.alpha / 2)),
-        alpha_squared(A(p.alpha * p.alpha)), half_width(A(p.surrogate == kRectangular ? 0.5 / p.alpha : 1 / p.alpha)) {}
+      : tau(A(p.tau)),
+        reciprocal_tau(A(1) / tau),
+        threshold(A(p.v_threshold)),
+        reset(A(p.v_reset)),
+        rest(p.hard_reset ? A(p.v_reset) : A(0)),
+        decay_input(p.decay_input),
+        exact_reciprocal(is_power_of_two(tau)),
+        alpha(A(p.alpha)),
+        atan_slope(A(1.5707963267948966 * p.alpha)),
+        atan_height(A(p.alpha / 2)),
+        alpha_squared(A(p.alpha * p.alpha)),
+        half_width(A(p.surrogate == kRectangular ? 0.5 / p.alpha : 1 / p.alpha)) {}
 
   // Dividing by a power of two is multiplying by its reciprocal, to the bit; any other tau takes the slow division.
   static bool is_power_of_two(A tau) {
@@ -164,10 +172,10 @@ void lif_backward_blocks(const LifProblem& p, int64_t begin, int64_t end, void* 
       lif_recompute_row<S, kHard>(block.template row<const S>(p.x, t), carry, charged + t * p.block, block.neurons, c);
     block.load_state(p, p.grad_v_last, A(0), carry);
     for (int64_t t = p.steps - 1; t >= 0; --t)
-      lif_backward_row<S, kHard, kDetach, kSurrogate>(
-          block.template row<const S>(p.grad_spikes, t), charged + t * p.block,
-          block.template row<const A>(p.grad_v_seq, t), carry, block.template row<S>(p.grad_x, t), block.neurons,
-          p.stream, c);
+      lif_backward_row<S, kHard, kDetach, kSurrogate>(block.template row<const S>(p.grad_spikes, t),
+                                                      charged + t * p.block,
+                                                      block.template row<const A>(p.grad_v_seq, t), carry,
+                                                      block.template row<S>(p.grad_x, t), block.neurons, p.stream, c);
     block.store_state(p, carry, p.grad_v);
   }
   stream_fence();
@@ -181,8 +189,10 @@ void lif_forward(const LifProblem& p, int64_t begin, int64_t end, void* scratch)
 template <class S, int kSurrogate>
 LifKernel lif_backward_for(const LifProblem& p) {
   if (p.hard_reset)
-    return p.detach_reset ? lif_backward_blocks<S, true, true, kSurrogate> : lif_backward_blocks<S, true, false, kSurrogate>;
-  return p.detach_reset ? lif_backward_blocks<S, false, true, kSurrogate> : lif_backward_blocks<S, false, false, kSurrogate>;
+    return p.detach_reset ? lif_backward_blocks<S, true, true, kSurrogate>
+                          : lif_backward_blocks<S, true, false, kSurrogate>;
+  return p.detach_reset ? lif_backward_blocks<S, false, true, kSurrogate>
+                        : lif_backward_blocks<S, false, false, kSurrogate>;
 }
 
 template <class S>

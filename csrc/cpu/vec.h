@@ -74,9 +74,7 @@ FC_INLINE Raw load_raw(const S* p, Tail tail) {
 
 typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));  // as many 16-bit values as floats fit
 
-FC_INLINE V<float> widen(Half16 raw, bfloat16*) {
-  return (V<float>)(__builtin_convertvector(raw, I<float>) << 16);
-}
+FC_INLINE V<float> widen(Half16 raw, bfloat16*) { return (V<float>)(__builtin_convertvector(raw, I<float>) << 16); }
 FC_INLINE Half16 narrow(V<float> x, bfloat16*) {  // round to nearest, ties to even; every NaN becomes the quiet one
   const I<float> bits = (I<float>)x;
   const I<float> rounded = ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) & 0xffff;
@@ -85,14 +83,10 @@ FC_INLINE Half16 narrow(V<float> x, bfloat16*) {  // round to nearest, ties to e
 
 #if FASTCIFAR_VECTOR_BYTES == 64
 FC_INLINE V<float> widen(Half16 raw, float16*) { return (V<float>)_mm512_cvtph_ps((__m256i)raw); }
-FC_INLINE Half16 narrow(V<float> x, float16*) {
-  return (Half16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
-}
+FC_INLINE Half16 narrow(V<float> x, float16*) { return (Half16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 #elif FASTCIFAR_VECTOR_BYTES == 32
 FC_INLINE V<float> widen(Half16 raw, float16*) { return (V<float>)_mm256_cvtph_ps((__m128i)raw); }
-FC_INLINE Half16 narrow(V<float> x, float16*) {
-  return (Half16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
-}
+FC_INLINE Half16 narrow(V<float> x, float16*) { return (Half16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 #else
 FC_INLINE V<float> widen(Half16 raw, float16*) {
   // Shift the fields into place and let a multiplication by 2^112 re-bias the exponent, subnormals included.
@@ -108,20 +102,28 @@ FC_INLINE Half16 narrow(V<float> x, float16*) {
   const I<float> subnormal = (I<float>)((V<float>)magnitude + 0.5f) - 0x3f000000;
   const I<float> normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112 << 23)) >> 13;
   I<float> h = magnitude < (113 << 23) ? subnormal : normal;
-  h = magnitude >= (143 << 23) ? I<float>{} + 0x7c00 : h;     // 65536 and above, and infinity
-  h = magnitude > 0x7f800000 ? I<float>{} + 0x7e00 : h;       // NaN
+  h = magnitude >= (143 << 23) ? I<float>{} + 0x7c00 : h;  // 65536 and above, and infinity
+  h = magnitude > 0x7f800000 ? I<float>{} + 0x7e00 : h;    // NaN
   return __builtin_convertvector((h | ((sign >> 16) & 0x8000)) & 0xffff, Half16);
 }
 #endif
 
 template <class Width>
-FC_INLINE V<float> load(const float* p, Width w) { return load_raw<V<float>>(p, w); }
+FC_INLINE V<float> load(const float* p, Width w) {
+  return load_raw<V<float>>(p, w);
+}
 template <class Width>
-FC_INLINE V<double> load(const double* p, Width w) { return load_raw<V<double>>(p, w); }
+FC_INLINE V<double> load(const double* p, Width w) {
+  return load_raw<V<double>>(p, w);
+}
 template <class Width>
-FC_INLINE V<float> load(const bfloat16* p, Width w) { return widen(load_raw<Half16>(p, w), (bfloat16*)nullptr); }
+FC_INLINE V<float> load(const bfloat16* p, Width w) {
+  return widen(load_raw<Half16>(p, w), (bfloat16*)nullptr);
+}
 template <class Width>
-FC_INLINE V<float> load(const float16* p, Width w) { return widen(load_raw<Half16>(p, w), (float16*)nullptr); }
+FC_INLINE V<float> load(const float16* p, Width w) {
+  return widen(load_raw<Half16>(p, w), (float16*)nullptr);
+}
 
 // A non-temporal store writes past the caches: a result far larger than they are would only evict what is still
 // needed, and an ordinary store would first read the line that it is about to overwrite.
@@ -163,9 +165,13 @@ FC_INLINE void store_raw(S* p, Raw r, Tail tail, bool) {
   memcpy(p, &r, sizeof(S) * tail.count);
 }
 template <class Width>
-FC_INLINE void store(float* p, V<float> x, Width w, bool stream = false) { store_raw(p, x, w, stream); }
+FC_INLINE void store(float* p, V<float> x, Width w, bool stream = false) {
+  store_raw(p, x, w, stream);
+}
 template <class Width>
-FC_INLINE void store(double* p, V<double> x, Width w, bool stream = false) { store_raw(p, x, w, stream); }
+FC_INLINE void store(double* p, V<double> x, Width w, bool stream = false) {
+  store_raw(p, x, w, stream);
+}
 template <class Width>
 FC_INLINE void store(bfloat16* p, V<float> x, Width w, bool stream = false) {
   store_raw(p, narrow(x, p), w, stream);
@@ -203,8 +209,8 @@ struct ExpConstants<double> {
 };
 
 // exp(x) for x <= 0, within 1.5 ulp (subnormal results included; tests/test_host.py asserts it). exp(-inf) = 0 and NaN
-// stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite's two-part ln 2), then the Taylor series of exp(r), whose
-// first dropped term is below half an ulp, then 2^n in two factors so that a subnormal result is rounded once.
+// stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite's two-part ln 2), then the Taylor series of exp(r),
+// whose first dropped term is below half an ulp, then 2^n in two factors so that a subnormal result is rounded once.
 template <class A>
 FC_INLINE V<A> exp_nonpositive(V<A> x) {
   using C = ExpConstants<A>;
@@ -212,9 +218,9 @@ FC_INLINE V<A> exp_nonpositive(V<A> x) {
   const V<A> shifted = x * C::log2e + C::round;
   const V<A> n = shifted - C::round;
   const V<A> r = (x - n * C::ln2_high) - n * C::ln2_low;
-  constexpr double kReciprocalFactorial[] = {1.,        1.,         1. / 2,      1. / 6,       1. / 24,
-                                             1. / 120,  1. / 720,   1. / 5040,   1. / 40320,   1. / 362880,
-                                             1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+  constexpr double kReciprocalFactorial[] = {
+      1.,        1.,         1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,
+      1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
   V<A> p = splat<A>(A(kReciprocalFactorial[C::terms]));
 #pragma GCC unroll 16
   for (int k = C::terms - 1; k >= 1; --k) p = p * r + A(kReciprocalFactorial[k]);

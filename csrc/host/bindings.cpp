@@ -54,7 +54,10 @@ struct Host {
 
   Host(const std::string& name, int64_t steps, int64_t neurons, double tau, bool decay_input, double v_threshold,
        std::optional<double> v_reset, bool stream)
-      : dtype(index_of(kDTypeNames, name, "dtype")), sequence(steps * neurons), state(neurons), item(kItemSize[dtype]),
+      : dtype(index_of(kDTypeNames, name, "dtype")),
+        sequence(steps * neurons),
+        state(neurons),
+        item(kItemSize[dtype]),
         state_item(dtype == kFloat64 ? 8 : 4) {
     problem.steps = steps;
     problem.panels = 1;
@@ -146,11 +149,14 @@ void convert(const std::string& isa, const std::string& dtype, bool widen, py::a
 PYBIND11_MODULE(_host, m) {
   using namespace pybind11::literals;
   m.doc() = "The raw kernels on numpy arrays (C-contiguous [T, N]), without torch; for development.";
-  m.def("isas", [] {
-    py::list names;
-    for (int isa = 0; isa <= best_isa(); ++isa) names.append(kIsaNames[isa]);
-    return names;
-  }, "Instruction sets that this machine executes, best last.");
+  m.def(
+      "isas",
+      [] {
+        py::list names;
+        for (int isa = 0; isa <= best_isa(); ++isa) names.append(kIsaNames[isa]);
+        return names;
+      },
+      "Instruction sets that this machine executes, best last.");
   m.def("lif_forward", &lif_forward, "isa"_a, "dtype"_a, "steps"_a, "neurons"_a, "x"_a, "v"_a, "spikes"_a, "v_last"_a,
         "v_seq"_a = py::none(), py::kw_only(), "tau"_a = 2.0, "decay_input"_a = true, "v_threshold"_a = 1.0,
         "v_reset"_a = 0.0, "stream"_a = false);

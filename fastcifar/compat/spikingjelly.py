@@ -9,6 +9,7 @@ there. Where SpikingJelly is installed the nodes derive from its ``MemoryModule`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ except ImportError:
                     setattr(self, name, value.detach())
 
         def forward(self, *args):
-            return self.single_step_forward(*args) if self.step_mode == "s" else self.multi_step_forward(*args)
+            step = self.single_step_forward if self.step_mode == "s" else self.multi_step_forward
+            return step(*args)  # type: ignore[operator]
 
 
 # SpikingJelly's surrogate classes that a kernel knows, by class name; any other callable takes the generic path.
@@ -77,8 +79,8 @@ class LIFNode(MemoryModule):
     Args:
         tau, decay_input, v_threshold, v_reset, detach_reset: as in :func:`~fastcifar.spiking.functional.lif`.
         surrogate_function: a surrogate of SpikingJelly or of :mod:`fastcifar.spiking.surrogate`, or any callable that
-            maps ``h - v_threshold`` to spikes. ATan, Sigmoid, PiecewiseQuadratic and Rect run in the kernel, others step
-            by step in PyTorch. Default ``Sigmoid(alpha=4)``, as in SpikingJelly.
+            maps ``h - v_threshold`` to spikes. ATan, Sigmoid, PiecewiseQuadratic and Rect run in the kernel, others
+            step by step in PyTorch. Default ``Sigmoid(alpha=4)``, as in SpikingJelly.
         step_mode: ``"s"`` takes ``[N...]`` at each call, ``"m"`` takes ``[T, N...]``. Default ``"s"``.
         backend: accepted for SpikingJelly 0.0.0.0.14's sake and without effect; torch's dispatcher picks the kernel.
         store_v_seq: whether to keep the membrane of every step in :attr:`v_seq`. Default False.
@@ -91,6 +93,7 @@ class LIFNode(MemoryModule):
         TypeError, ValueError: as :func:`~fastcifar.spiking.functional.lif`.
     """
 
+    v: Any  # the membrane [N...]; a float while at rest
     supported_backends = ("torch", "cupy", "triton", "inductor")
 
     def __init__(
@@ -107,7 +110,7 @@ class LIFNode(MemoryModule):
     ) -> None:
         super().__init__()
         if isinstance(backend, bool):  # 2.0.0 has no backend: its eighth argument is store_v_seq
-            backend, store_v_seq = "torch", backend
+            store_v_seq, backend = backend, "torch"
         functional.check_options("LIFNode", tau, decay_input, v_threshold, v_reset)
         self.register_memory("v", 0.0 if v_reset is None else v_reset)
         self.tau = tau

@@ -117,7 +117,9 @@ def _check(x, v, tau, decay_input, v_threshold, v_reset) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"lif: expected x to be a tensor [T, N...], got {type(x).__name__}")
     if x.dtype not in _DTYPES or x.layout is not torch.strided:
-        raise TypeError(f"lif: expected x to be float32, float64, bfloat16 or float16 (strided), got {x.dtype}, {x.layout}")
+        raise TypeError(
+            f"lif: expected x to be float32, float64, bfloat16 or float16 (strided), got {x.dtype}, {x.layout}"
+        )
     if x.dim() == 0:
         raise ValueError("lif: expected x of shape [T, N...], time first, got a scalar tensor")
     check_options("lif", tau, decay_input, v_threshold, v_reset)

@@ -26,13 +26,16 @@ def _sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
 
 
 def _comparable(truth: Outputs, eager: Outputs) -> dict[str, Tensor]:
-    same = (truth[0] == eager[0]).all(0)  # type: ignore[index, union-attr]
+    assert truth[0] is not None
+    assert eager[0] is not None
+    same = torch.eq(truth[0], eager[0]).all(0)
     return {"x": same, "v": same}
 
 
 def _raw_calls(inputs: Inputs, options: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     x, v = inputs["x"], inputs.get("v")
-    o = {"tau": 2.0, "decay_input": True, "v_threshold": 1.0, "v_reset": 0.0, "surrogate": "atan"} | options
+    o: dict[str, Any] = {"tau": 2.0, "decay_input": True, "v_threshold": 1.0, "v_reset": 0.0, "surrogate": "atan"}
+    o |= options
     surrogate = resolve(o["surrogate"])
     store = o.get("store_v_seq", False)
     neuron = (o["tau"], o["decay_input"], o["v_threshold"], o["v_reset"])
@@ -60,7 +63,13 @@ LIF_SPEC = OpSpec(
         {"surrogate": "sigmoid", "detach_reset": True, "store_v_seq": True},
         {"surrogate": "piecewise_quadratic", "v_reset": None, "tau": 3.0},
         {"surrogate": "rectangular", "decay_input": False, "tau": 1.7},
-        {"surrogate": ATan(alpha=0.7), "v_reset": None, "detach_reset": True, "decay_input": False, "store_v_seq": True},
+        {
+            "surrogate": ATan(alpha=0.7),
+            "v_reset": None,
+            "detach_reset": True,
+            "decay_input": False,
+            "store_v_seq": True,
+        },
         {"surrogate": Sigmoid(alpha=25.0), "v_reset": -0.25, "v_threshold": 0.5, "tau": 10.0, "store_v_seq": True},
     ),
     differentiable=("x", "v"),

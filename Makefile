@@ -1,0 +1,64 @@
+# Everything runs in .venv, which the first target that needs it makes. TORCH=2.11.0 builds against another torch.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+JOBS ?= 2
+OUT ?= build/gpu
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CONSTRAINTS := build/constraints-$(TORCH).txt
+INSTALLED := $(VENV)/installed-$(TORCH)
+SOURCES := $(shell find csrc -type f) fastcifar/_schemas.inc setup.py pyproject.toml
+BUILT := $(VENV)/built-$(TORCH)
+PYTEST := $(BIN)/pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.PHONY: help bench bench-full test lint wheel sanitize gpu-check instructions data clean distclean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(CONSTRAINTS): constraints.txt
+	@mkdir -p build
+	@sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt >$@
+
+$(INSTALLED): $(CONSTRAINTS) bench/peers.txt
+	@echo "installing torch $(TORCH) into $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -c $(CONSTRAINTS) torch numpy setuptools wheel ninja pybind11
+	@$(PIP) --no-deps -r bench/peers.txt
+	@rm -f $(VENV)/installed-* $(VENV)/built-*
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	@echo "building the extension and installing the tools"
+	@FASTCIFAR_HOST=1 $(PIP) -c $(CONSTRAINTS) --no-build-isolation --editable '.[test,lint,bench]'
+	@touch $@
+
+test: $(BUILT) ## install, build, and run every test
+	$(PYTEST) tests
+
+lint: $(BUILT) ## ruff, clang-format, and a type check of the public API
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu')
+	$(BIN)/mypy
+
+wheel: $(INSTALLED) ## one abi3 wheel in dist/
+	@rm -rf build/lib* build/bdist*
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w dist .
+	@ls -l dist/*.whl
+
+data: $(BUILT) ## DATA=folder: check the full CIFAR-10 set (binary version) and use it from now on
+	@test -n "$(DATA)" || { echo "data: say where the set is: make data DATA=folder"; exit 2; }
+	$(BIN)/python -m fastcifar.data "$(DATA)"
+	ln -sfn "$(abspath $(DATA))" .data
+
+clean: ## remove what builds and runs have written, except .venv
+	rm -rf build dist bench/report examples/output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f fastcifar/*.so $(VENV)/built-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	rm -rf $(VENV)
