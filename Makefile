@@ -45,6 +45,23 @@ lint: $(BUILT) ## ruff, clang-format, and a type check of the public API
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.inl' 'csrc/*.cu')
 	$(BIN)/mypy
 
+bench: $(BUILT) ## check every op on real images, time it beside its peers, write bench/report/index.html
+	@rm -rf bench/report && mkdir -p bench/report
+	@$(BIN)/pytest bench --benchmark-json=bench/report/bench.json; status=$$?; $(BIN)/python bench/report.py && exit $$status
+
+bench-full: ## the same with every workload and every peer
+	@FASTCIFAR_BENCH_FULL=1 $(MAKE) bench
+
+instructions: $(BUILT) ## count the raw kernels' instructions (callgrind) and compare with tests/data/instructions.json
+	$(BIN)/python tests/instructions.py
+
+sanitize: $(BUILT) ## address, undefined-behaviour and thread sanitizer over the kernels' tests
+	VENV=$(VENV) tests/sanitize.sh address
+	VENV=$(VENV) tests/sanitize.sh thread
+
+gpu-check: ## on a machine with an NVIDIA GPU: build, test, sanitize and bench there, into $OUT (build/gpu)
+	OUT=$(OUT) bench/gpu_check.sh
+
 wheel: $(INSTALLED) ## one abi3 wheel in dist/
 	@rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w dist .

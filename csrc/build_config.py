@@ -23,10 +23,11 @@ HEADERS = [
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
 ]
 
+# -O3, not -O2: it takes the branches on a call's options out of the inner loops, which halves their time.
 # -ffp-contract=off: g++ otherwise fuses a multiplication and an addition into one rounding, and the result differs from
 # eager PyTorch. TORCH_TARGET_VERSION: torch's stable ABI as of 2.10. Py_LIMITED_API: CPython's as of 3.10.
 CXX_FLAGS = [
-    *("-O2", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"),
+    *("-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"),
     *("-Wall", "-Wno-maybe-uninitialized"),  # gcc 12 warns of its own AVX-512 header
 ]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]

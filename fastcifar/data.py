@@ -78,7 +78,7 @@ def cifar10(root: str | os.PathLike[str] | None = None, split: str = "train") ->
         raise ValueError(f"cifar10: {paths[0].parent}: expected batches of equal length, got {listed}: a file is cut")
 
     buffer = np.empty(sum(sizes), np.uint8)
-    view, start = memoryview(buffer), 0
+    view, start = buffer.data, 0
     for path, size in zip(paths, sizes, strict=True):
         with path.open("rb", buffering=0) as file:
             end = start + size

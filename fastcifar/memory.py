@@ -17,8 +17,9 @@ def keep_memory_mapped() -> None:
     cost more than the arithmetic: ``docs/memory.md`` has the measurement.
 
     This is a setting of the whole process: it speeds up every torch program on the CPU that allocates and frees large
-    tensors, ours or not, and in exchange the process keeps its peak memory (and what fragmentation adds to it) until it
-    ends. It cannot be undone, is never set unasked, and does not concern CUDA memory.
+    tensors, ours or not, and in exchange the process keeps its peak memory until it ends, and up to about eight blocks of
+    the largest size beyond it (glibc settles on which blocks it reuses within the first ten allocations or so). It cannot
+    be undone, is never set unasked, and does not concern CUDA memory.
 
     Raises:
         RuntimeError: the C library is not glibc, or refuses.

@@ -33,8 +33,8 @@ def full(tmp_path):
 def write_full(root):
     folder = root / FOLDER
     folder.mkdir(parents=True)
-    for name, part in zip(SPLITS["train"], np.split(records(5), 5), strict=True):
-        (folder / name).write_bytes(part.tobytes())
+    for i, part in enumerate(np.split(records(5), 5), start=1):
+        (folder / f"data_batch_{i}.bin").write_bytes(part.tobytes())
     (folder / "test_batch.bin").write_bytes(records(2, seed=1).tobytes())
     return folder
 
@@ -61,7 +61,7 @@ def test_sample_is_what_its_bytes_say():
     assert torch.cat([labels[:, None].byte(), images.flatten(1)], 1).numpy().tobytes() == raw
     # One pixel by the layout of the binary version: record 7, blue, row 3, column 5.
     assert images[7, 2, 3, 5] == raw[7 * 3073 + 1 + 2 * 1024 + 3 * 32 + 5]
-    # Pictures, not noise: a pixel resembles its neighbours (16.1 and 14.5 of 255; read as row, column, channel 35 and 29).
+    # Pictures, not noise: a pixel resembles its neighbours (16.1 and 14.5 of 255; as row, column, channel 35 and 29).
     x = images.float()
     assert 14 < x.diff(dim=2).abs().mean() < 20
     assert 14 < x.diff(dim=3).abs().mean() < 20

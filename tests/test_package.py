@@ -134,13 +134,13 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print([faults(), faults()])
+print([faults() for _ in range(4)])
 fastcifar.keep_memory_mapped()
-print([faults(), faults()])
+print([faults() for _ in range(40)])
 """
     unmapped, kept = map(ast.literal_eval, _python("-c", code, THP_MEM_ALLOC_ENABLE="0").stdout.splitlines())
     assert min(unmapped) > 1000
-    assert kept[1] < 100
+    assert max(kept[-10:]) < 100  # glibc needs about ten allocations to settle
 
 
 def _modules():

@@ -32,7 +32,7 @@ struct LifProblem {
 // Neurons of a block whose membranes over all steps (backward) stay in the first-level cache, a multiple of every lane
 // count; where T is so long that they cannot, still enough for whole cache lines.
 inline int64_t lif_block(int64_t steps, int64_t compute_bytes) {
-  constexpr int64_t kBudget = 24 * 1024, kSmallest = 64, kLargest = 1024;
+  constexpr int64_t kBudget = 24 * 1024, kSmallest = 64, kLargest = 512;
   const int64_t fit = kBudget / (compute_bytes * (steps + 1)) / kSmallest * kSmallest;
   return fit < kSmallest ? kSmallest : fit > kLargest ? kLargest : fit;
 }

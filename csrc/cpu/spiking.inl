@@ -3,8 +3,7 @@
 // Both passes are bound by memory, so each takes a block of neurons through all T steps while the membranes stay in the
 // first-level cache. Per neuron and step the forward reads x and writes a spike (8 bytes in float32); the backward
 // reads x and the spikes' gradient and writes x's gradient (12 bytes): it computes the membranes again from x instead
-// of reading them, which costs about 8 operations and saves 4 bytes written and 4 read. Rows of a block are long enough
-// for the hardware prefetcher to follow each of the T streams.
+// of reading them, which costs about 8 operations and saves 4 bytes written and 4 read.
 //
 // Every operation is the reference's, in its order and without fused multiply-add, so that membranes and spikes are
 // equal to it to the bit on every instruction set.
@@ -105,6 +104,7 @@ void lif_forward_row(const S* x, compute_t<S>* v, S* spikes, compute_t<S>* v_seq
                      const LifConstants<compute_t<S>>& c) {
   using A = compute_t<S>;
   for_each_vector<A>(n, [&](int64_t i, auto width) {
+    prefetch_next_page(x + i);
     const V<A> h = c.charge(load(x + i, width), load(v + i, Full{}));
     const V<A> s = heaviside<A>(h - c.threshold);
     const V<A> v_next = c.template after_reset<kHard>(h, s);
@@ -136,6 +136,7 @@ void lif_recompute_row(const S* x, compute_t<S>* v, compute_t<S>* charged, int64
                        const LifConstants<compute_t<S>>& c) {
   using A = compute_t<S>;
   for_each_vector<A>(n, [&](int64_t i, auto width) {
+    prefetch_next_page(x + i);
     const V<A> h = c.charge(load(x + i, width), load(v + i, Full{}));
     store(charged + i, h, Full{});
     store(v + i, c.template after_reset<kHard>(h, heaviside<A>(h - c.threshold)), Full{});
@@ -151,6 +152,7 @@ void lif_backward_row(const S* grad_spikes, const compute_t<S>* charged, const c
     const V<A> h = load(charged + i, Full{}), u = h - c.threshold, s = heaviside<A>(u);
     V<A> grad_v = load(carry + i, Full{});
     if (grad_v_seq) grad_v = grad_v + load(grad_v_seq + i, width);
+    prefetch_next_page(grad_spikes + i);
     V<A> grad_s = load(grad_spikes + i, width);
     if constexpr (!kDetach) grad_s = grad_s + (kHard ? grad_v * (c.reset - h) : -(grad_v * c.threshold));
     const V<A> grad_h = grad_s * surrogate_grad<kSurrogate, A>(u, c) + (kHard ? grad_v * (A(1) - s) : grad_v);

@@ -181,6 +181,11 @@ FC_INLINE void store(float16* p, V<float> x, Width w, bool stream = false) {
   store_raw(p, narrow(x, p), w, stream);
 }
 
+// Asks for what will be read one page further on. A kernel that takes a block of neurons through time reads a row of
+// the block from each step in turn, and the hardware prefetcher, which stops at the end of a page, never gets up to
+// speed on rows of a few kilobytes: without this a backward pass runs at half the bandwidth.
+FC_INLINE void prefetch_next_page(const void* p) { __builtin_prefetch((const char*)((uintptr_t)p + 4096), 0, 2); }
+
 // Calls f(offset, Full or Tail) over a row of n elements, a register of A at a time.
 template <class A, class F>
 FC_INLINE void for_each_vector(int64_t n, F f) {

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one go: build, the whole test suite on CUDA, compute-sanitizer on a short
+# selection, and the benchmarks. Results go to $OUT (build/gpu); commit $OUT/results.json under bench/results/.
+#
+# Uses .venv where there is one, else python3 with the torch that it has, and reaches for no package index.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=$(realpath -m "${OUT:-build/gpu}")
+mkdir -p "$out"
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "gpu-check: torch sees no GPU here (python -c 'import torch; print(torch.cuda.is_available())')"
+  exit 1
+}
+failed=0
+step() { # name, command...
+  local name=$1
+  shift
+  echo "== $name: $*"
+  "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "   FAILED, see $name.log"; }
+  tail -n 3 "$out/$name.log"
+}
+
+FASTCIFAR_HOST=1 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || exit 1
+step doctor "$python" -m fastcifar doctor
+step selftest "$python" -m fastcifar selftest
+step tests "$python" -P -m pytest -q tests
+
+if command -v compute-sanitizer >/dev/null; then
+  # Without torch's caching allocator, so that an access beyond a tensor is beyond an allocation.
+  for tool in memcheck racecheck; do
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 66 \
+      "$python" -P -m pytest -q tests/conformance.py -k "cuda and (small_sizes or subset_of_gradients)"
+  done
+fi
+
+FASTCIFAR_BENCH_DEVICE=cuda step bench "$python" -P -m pytest bench --benchmark-json="$out/results.json"
+[ "$failed" = 0 ] && echo "gpu-check: all passed; results in $out"
+exit "$failed"
