@@ -136,6 +136,28 @@ constexpr int64_t kStreamBytes = 16 << 20;
 // A thread is worth waking for this many element-steps (some ten microseconds of work).
 constexpr int64_t kGrain = 32 << 10;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// f(begin, end) over [0, n) on torch's threads, at least `grain` items each. libgomp, below torch, is not instrumented,
+// so that the thread sanitizer does not see its fork and join; they are declared to it here, and nothing else is.
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+inline char fork_point, join_point;
+#define FC_HAPPENS_BEFORE(point) __tsan_release(&point)
+#define FC_HAPPENS_AFTER(point) __tsan_acquire(&point)
+#else
+#define FC_HAPPENS_BEFORE(point)
+#define FC_HAPPENS_AFTER(point)
+#endif
+template <class F>
+void parallel_for(int64_t n, int64_t grain, const F& f) {
+  const auto body = [&f](int64_t begin, int64_t end) {
+    FC_HAPPENS_AFTER(fork_point);
+    f(begin, end);
+    FC_HAPPENS_BEFORE(join_point);
+  };
+  FC_HAPPENS_BEFORE(fork_point);
+  torch::stable::parallel_for(0, n, grain, body);
+  FC_HAPPENS_AFTER(join_point);
+}
 
 }  // namespace fastcifar

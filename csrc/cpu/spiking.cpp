@@ -108,7 +108,7 @@ void run(LifKernel kernel, LifProblem& p, const Walk& walk, int64_t scratch_rows
   };
   p.stream = out.numel() * bytes >= kStreamBytes && aligned(p.spikes) && aligned(p.grad_x) && aligned(p.v_seq);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, p.steps * std::min(p.block, p.neurons)));
-  torch::stable::parallel_for(0, p.blocks(), grain, [&](int64_t begin, int64_t end) {
+  parallel_for(p.blocks(), grain, [&](int64_t begin, int64_t end) {
     const auto scratch = aligned_scratch(scratch_rows * p.block * compute_bytes(walk.dtype));
     kernel(p, begin, end, scratch.get());
   });
