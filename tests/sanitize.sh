@@ -16,12 +16,13 @@ case $kind in
   address)
     # libstdc++ goes in with the sanitizer, or it is not there when torch throws its first exception.
     preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-    export ASAN_OPTIONS=detect_leaks=0,protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1,halt_on_error=1
+    export ASAN_OPTIONS=detect_leaks=0,protect_shadow_gap=0,log_path=$lib/report
+    export UBSAN_OPTIONS=print_stacktrace=1,halt_on_error=1,log_path=$lib/report
     ;;
   thread)
     preload=$(g++ -print-file-name=libtsan.so)
     # Only our code is instrumented; what torch's own thread pool does between its threads cannot be judged.
-    export TSAN_OPTIONS=ignore_noninstrumented_modules=1,halt_on_error=1,exitcode=66
+    export TSAN_OPTIONS=ignore_noninstrumented_modules=1,halt_on_error=1,exitcode=66,log_path=$lib/report
     ;;
 esac
 
@@ -32,4 +33,5 @@ LD_PRELOAD=$preload "$python" -P -c 'import fastcifar, os; assert fastcifar.__fi
 tests=$OLDPWD/tests
 LD_PRELOAD=$preload "$python" -P -m pytest -q -p no:cacheprovider -c "$OLDPWD/pyproject.toml" --rootdir "$OLDPWD" \
   "$tests/test_host.py" "$tests/test_spiking.py" "$tests/conformance.py" \
-  -k "${SELECT:-not compile and not export and not inductor and not spikingjelly and not environment and not opcheck}"
+  -k "${SELECT:-not compile and not export and not inductor and not spikingjelly and not environment and not opcheck}" ||
+  { status=$?; head -n 60 "$lib"/report.* 2>/dev/null; exit $status; }  # pytest has captured what went to stderr

@@ -1,0 +1,167 @@
+"""Spiking neurons on the currents that real CIFAR-10 images cause in the second layer of a spiking network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+
+import pytest
+import torch
+from harness import Candidate, Workload, cases, compare
+from measure import DEVICE
+from paired import Paired
+from torch import Tensor
+from torch.nn.functional import batch_norm, conv2d
+
+from fastcifar import _library
+from fastcifar.data import MEAN, STD, cifar10
+from fastcifar.spiking import functional, reference
+
+KERNEL = _library.owned("lif_forward", DEVICE.type)
+HARD_ATAN = {"tau": 2.0, "v_reset": 0.0, "surrogate": "atan", "detach_reset": True}
+
+
+def currents(steps: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Input currents ``[T, N, C, 16, 16]`` of the second layer: images, coded directly, through a convolution, its
+    normalisation and spiking neurons, and a second convolution with its normalisation; weights from a fixed seed."""
+    batch, channels = shape[:2]
+    images = cifar10(split="test")[0][:batch].float() / 255
+    images = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        first = _normalised(conv2d(images, torch.randn(32, 3, 3, 3, generator=generator), stride=2, padding=1))
+        spikes = reference.lif(first.expand(steps, *first.shape))[0]
+        weight = torch.randn(channels, 32, 3, 3, generator=generator)
+        second = _normalised(conv2d(spikes.flatten(0, 1), weight, padding=1))
+    return (second.view(steps, *shape).to(dtype),)
+
+
+def _normalised(x: Tensor) -> Tensor:
+    """Batch normalisation over everything but the channels, without scale or shift."""
+    return batch_norm(x, None, None, training=True)
+
+
+def lif_workload(
+    steps: int,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    title: str = "",
+    **settings: object,
+) -> tuple[Workload, dict[str, object]]:
+    """The workload and the arguments of ``lif``. Least traffic an element-step: forward reads x and writes s; backward
+    reads x (the membrane is recomputed from it) and the gradient of s, and writes the gradient of x. Operations as in
+    the reference: 8 forward, and 20 backward, of which 8 recompute."""
+    own = {name: settings.pop(name) for name in ("full", "keep_mapped", "note") if name in settings}
+    workload = Workload(
+        family="spiking",
+        op="lif",
+        title=f"T={steps} x {list(shape)} {title or 'float32'}".replace(", ", ","),
+        make=partial(currents, steps, shape, dtype),
+        elements=steps * prod(shape),
+        forward_bytes=2 * dtype.itemsize,
+        backward_bytes=3 * dtype.itemsize,
+        forward_flops=8,
+        backward_flops=20,
+        gradient_tolerance=1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps,
+        **own,
+    )
+    return workload, HARD_ATAN | settings
+
+
+BIG, LONG, SMALL = (64, 128, 16, 16), (16, 64, 16, 16), (8, 64, 16, 16)
+IN_CACHE = "fits in the cache, so it may go below a floor that memory sets"
+LIF = [
+    lif_workload(4, BIG, keep_mapped=True),
+    lif_workload(16, LONG),
+    lif_workload(32, SMALL, full=True),
+    lif_workload(4, SMALL, full=True, note=IN_CACHE),
+    lif_workload(1, BIG, full=True),
+    lif_workload(4, BIG, torch.bfloat16, title="bfloat16", full=True),
+    lif_workload(4, BIG, title="float32 soft reset", v_reset=None, full=True),
+    lif_workload(4, BIG, title="float32 reset not detached", detach_reset=False, full=True),
+    lif_workload(4, BIG, title="float32 sigmoid", surrogate="sigmoid", full=True),
+    lif_workload(4, BIG, title="float32 input not decayed", decay_input=False, full=True),
+]
+SETTINGS = dict(LIF)
+
+
+def spikes_of(lif: Callable[..., tuple], settings: dict) -> Callable[[Tensor], Tensor]:
+    return lambda x: lif(x, **settings)[0]
+
+
+def compiled(settings: dict) -> Callable[[Tensor], Tensor]:
+    torch.compiler.reset()  # else a new shape is compiled as a dynamic one, which is slower
+    return spikes_of(torch.compile(reference.lif), settings)
+
+
+def spikingjelly(settings: dict) -> Callable[[Tensor], Tensor]:
+    from spikingjelly.activation_based import functional as sj
+    from spikingjelly.activation_based import neuron, surrogate
+
+    names = {"atan": surrogate.ATan, "sigmoid": surrogate.Sigmoid}
+    own = settings | {"surrogate_function": names[settings["surrogate"]]()}
+    node = neuron.LIFNode(**{name: value for name, value in own.items() if name != "surrogate"}, step_mode="m")
+
+    def call(x: Tensor) -> Tensor:
+        out = node(x)
+        sj.reset_net(node)  # so that the next sequence starts at rest
+        return out
+
+    return call
+
+
+def snntorch(settings: dict) -> Callable[[Tensor], Tensor]:
+    import snntorch as snn
+
+    mechanism = "subtract" if settings["v_reset"] is None else "zero"
+    node = snn.Leaky(beta=1 - 1 / settings["tau"], spike_grad=snn.surrogate.atan(2.0), reset_mechanism=mechanism)
+    node.to(DEVICE)
+
+    def call(x: Tensor) -> Tensor:
+        membrane = torch.zeros_like(x[0])
+        spikes = []
+        for current in x:
+            spike, membrane = node(current, membrane)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+    return call
+
+
+@cases(workload for workload, _ in LIF)
+def test_lif(paired: Paired, workload: Workload, mode: str, mapped: bool) -> None:
+    settings = SETTINGS[workload]
+    half = "bfloat16" in workload.title
+    narrow = "keeps its membrane in bfloat16 on a CPU: other numbers, so only the cost compares"
+    missing = "" if KERNEL else "no kernel serves this device, so this is the reference"
+    other = "resets one step later and does not decay its input: only the cost compares"
+    candidates = [
+        Candidate("eager reference", "reference", lambda: spikes_of(reference.lif, settings)),
+        Candidate("torch.compile", "compiled", lambda: compiled(settings)),
+        Candidate("SpikingJelly", "peer", lambda: spikingjelly(settings), not half, note=narrow if half else ""),
+        Candidate("snnTorch", "peer", lambda: snntorch(settings), checked=False, full=True, note=other),
+        Candidate("fastcifar", "ours", lambda: spikes_of(functional.lif, settings), note=missing),
+    ]
+    compare(paired, workload, mode, mapped, candidates)
+
+
+@pytest.mark.skipif(not KERNEL, reason="no kernel of fastcifar's serves this device")
+def test_call_overhead(paired: Paired) -> None:
+    """What a call costs beyond its arithmetic, on 64 neurons and 4 steps: the bare operator, and around it the public
+    function without and with a graph to record. Targets, relative to the bare operator: 1.6 and 3.5."""
+    op = torch.ops.fastcifar.lif_forward.default
+    x = torch.randn(4, 64, device=DEVICE)
+    tracked = x.clone().requires_grad_()
+    assert torch.equal(op(x, None, 2.0, True, 1.0, 0.0, False)[0], functional.lif(x)[0])
+
+    paired.describe("spiking", op="lif", workload="T=4 x [64] float32", mode="call")
+    for name, target in (("bare operator", None), ("fastcifar, no graph", 1.6), ("fastcifar, graph", 3.5)):
+        paired.record(name, role="ours" if target else "reference", target=target)
+    calls = {
+        "bare operator": lambda: op(x, None, 2.0, True, 1.0, 0.0, False),
+        "fastcifar, no graph": lambda: functional.lif(x),
+        "fastcifar, graph": lambda: functional.lif(tracked),
+    }
+    paired.time(calls, repeats=200, events=False)
