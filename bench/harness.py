@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
+import machine
 import pytest
 import torch
 from measure import DEVICE, FULL, peak_memory, saved_for_backward, synchronize
 from paired import Paired
 from torch import Tensor
 
+FLOOR = "floor"  # a copy of as many bytes as the workload must move, timed in turn with the candidates
 MODES = ("forward", "forward+backward")
 Role = Literal["reference", "compiled", "peer", "ours"]
 
@@ -27,7 +29,7 @@ class Workload:
         make: returns the differentiable inputs, on the CPU, from real images.
         elements: count that the costs below are per, e.g. the element-steps of a sequence.
         forward_bytes, backward_bytes: least memory traffic an element, bytes: each tensor that an exact method must
-            read or write, once. The floor is computed from these and the measured ceilings.
+            read or write, once. The floor is a copy of as many bytes, timed in turn with the candidates.
         forward_flops, backward_flops: least floating-point operations an element.
         output_tolerance: largest difference to the reference, relative to its largest magnitude; 0 asks for equal bits.
         gradient_tolerance: the same for the gradients of the inputs.
@@ -135,6 +137,8 @@ def compare(paired: Paired, workload: Workload, mode: str, mapped: bool, candida
             facts["saved_inputs"], facts["saved_others"] = saved_for_backward(lambda f=function: f(*inputs), inputs)
         paired.record(candidate.name, **facts)
     expected.clear()
+    paired.record(FLOOR, role="floor")
+    calls[FLOOR] = machine.copier(int(workload.cost(mode)["bytes"]))
     paired.time(calls)
 
 

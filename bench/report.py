@@ -88,15 +88,16 @@ class Case:
 
 def read_case(info: dict[str, Any], ceilings: dict[str, float | None]) -> Case:
     """One test's ``extra_info`` as rows."""
-    floor = info["bytes"] / machine.bandwidth(ceilings)
+    candidates = {name: facts for name, facts in info["candidates"].items() if facts["role"] != "floor"}
+    (floor,) = (f["seconds"]["median"] for f in info["candidates"].values() if f["role"] == "floor")
     if ceilings["flops"]:
         floor = max(floor, info["flops"] / ceilings["flops"])
-    timed = {name: facts for name, facts in info["candidates"].items() if "seconds" in facts}
+    timed = {name: facts for name, facts in candidates.items() if "seconds" in facts}
     checked = [name for name, facts in timed.items() if facts["checked"]]  # what gives other results is no baseline
     baseline = next((n for n in checked if timed[n]["role"] == "peer"), checked[0])
     ours = next((name for name, facts in timed.items() if facts["role"] == "ours"), None)
     rows, remarks = [], [info["note"]] if info["note"] else []
-    for name, facts in info["candidates"].items():
+    for name, facts in candidates.items():
         if facts.get("note"):
             remarks.append(f"{name}: {facts['note']}")
         if name not in timed:
