@@ -11,10 +11,11 @@ CONSTRAINTS := build/constraints-$(TORCH).txt
 INSTALLED := $(VENV)/installed-$(TORCH)
 SOURCES := $(shell find csrc -type f) fastcifar/_schemas.inc setup.py pyproject.toml
 BUILT := $(VENV)/built-$(TORCH)
-PYTEST := $(BIN)/pytest -n $(JOBS)
+# Two test processes share the cores: torch's threads must sleep, not spin, while they wait for each other.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-full test lint wheel sanitize gpu-check instructions data clean distclean
+.PHONY: help bench bench-full test lint wheel sanitize gpu-check instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -51,6 +52,9 @@ bench: $(BUILT) ## check every op on real images, time it beside its peers, writ
 
 bench-full: ## the same with every workload and every peer
 	@FASTCIFAR_BENCH_FULL=1 $(MAKE) bench
+
+publish: $(BUILT) ## put the last run's figures into README, docs and bench/results
+	$(BIN)/python bench/publish.py
 
 instructions: $(BUILT) ## count the raw kernels' instructions (callgrind) and compare with tests/data/instructions.json
 	$(BIN)/python tests/instructions.py

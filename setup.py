@@ -53,9 +53,7 @@ def main() -> None:
     except ImportError:
         BuildExtension = None
     if BuildExtension is None or os.environ.get("FASTCIFAR_PURE") == "1":
-        print(
-            "fastcifar: building without the C++ extension: ops run their PyTorch references"
-        )
+        print("fastcifar: building without the C++ extension: ops run their PyTorch references")
         setup()
         return
     extensions = [torch_extension(version)]

@@ -44,7 +44,7 @@ def memory(cases: Sequence[Case]) -> str:
 
 
 def hero(cases: Sequence[Case], machine: str, path: Path) -> None:
-    """The picture for the README: times of the first workload of a family, forward and forward+backward."""
+    """The picture for the README: times of one workload, forward and forward+backward."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 2.9), layout="constrained")
         for axes, case in zip(figure.subplots(1, 2), cases, strict=True):

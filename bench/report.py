@@ -172,25 +172,45 @@ def markdown_table(cells: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="*", type=Path, default=[HERE / "report" / "bench.json"])
-    parser.add_argument("--out", type=Path, default=HERE / "report", help="folder of index.html and results.md")
-    parser.add_argument("--readme", action="store_true", help="also draw docs/images/bench_<family>.png")
-    arguments = parser.parse_args()
+@dataclass(frozen=True)
+class Results:
+    """What one or more JSON files of the same machine hold."""
 
-    if missing := [path for path in arguments.files if not path.exists()]:
-        parser.error(f"{missing[0]} is not there; run: pytest bench --benchmark-json={missing[0]}")
-    data = [json.loads(path.read_text()) for path in arguments.files]
-    described = data[0]["machine_info"]["fastcifar"]
-    if any(other["machine_info"]["fastcifar"] != described for other in data):
-        parser.error("the files are from different machines or versions: never compare across them")
+    about: dict[str, Any]
+    lines: list[str]  # the machine, in words
+    families: dict[str, dict[str, Any]]
+    failed: list[str]
+    infos: list[dict[str, Any]]
+
+    @property
+    def busy(self) -> bool:
+        """Whether other programs ran meanwhile, which slows the peers' loops most."""
+        return any(info["other_programs"] > BUSY for info in self.infos)
+
+    def markdown(self) -> str:
+        sections = ["\n".join(f"- {line}" for line in self.lines)]
+        for name, family in self.families.items():
+            tables = [[case.head(), *(row.cells() for row in case.rows)] for case in family["cases"]]
+            notes = "\n".join(f"- {text}" for text in family["remarks"])
+            sections += [f"## {name}", *map(markdown_table, tables + family["overhead"]), notes]
+        return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def load(files: Sequence[Path]) -> Results:
+    """Reads files that ``pytest bench --benchmark-json=FILE`` wrote.
+
+    Raises:
+        ValueError: a file is missing, or they are from different machines or versions.
+    """
+    if missing := [path for path in files if not path.exists()]:
+        raise ValueError(f"{missing[0]} is not there; run: pytest bench --benchmark-json={missing[0]}")
+    data = [json.loads(path.read_text()) for path in files]
+    about = data[0]["machine_info"]["fastcifar"]
+    if any(other["machine_info"]["fastcifar"] != about for other in data):
+        raise ValueError("the files are from different machines or versions: never compare across them")
     measured = [ceilings for file in data for ceilings in file["ceilings"]]
     ceilings = {name: max((c[name] for c in measured if c[name]), default=None) for name in measured[0]}
-    lines = machine.lines(described, ceilings)
     infos = [benchmark["extra_info"] for file in data for benchmark in file["benchmarks"]]
-    failed = [line for file in data for line in file["remarks"]]
-
     families = {}
     for name in dict.fromkeys(info["group"] for info in infos):
         cases = [read_case(info, ceilings) for info in infos if info["group"] == name and info["mode"] != "call"]
@@ -201,11 +221,16 @@ def main() -> None:
             "remarks": list(dict.fromkeys(f"{c.title}, {c.mode}: {text}" for c in cases for text in c.remarks)),
             "pictures": [plots.floors(cases), plots.memory(cases)] if cases else [],
         }
+    failed = [line for file in data for line in file["remarks"]]
+    return Results(about, machine.lines(about, ceilings), families, failed, infos)
 
+
+def show(results: Results) -> None:
+    """Prints the tables."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)
-    for name, family in families.items():
+    for name, family in results.families.items():
         if family["cases"]:
             console.print(rich_table(name, family["cases"]))
         for cells in family["overhead"]:
@@ -213,29 +238,28 @@ def main() -> None:
             for row in cells[1:]:
                 table.add_row(*row)
             console.print(table)
-    remarks = failed + [text for family in families.values() for text in family["remarks"]]
-    for text in (*lines, *remarks):
+    remarks = results.failed + [text for family in results.families.values() for text in family["remarks"]]
+    for text in (*results.lines, *remarks):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*", type=Path, default=[HERE / "report" / "bench.json"])
+    parser.add_argument("--out", type=Path, default=HERE / "report", help="folder of index.html and results.md")
+    arguments = parser.parse_args()
+    try:
+        results = load(arguments.files)
+    except ValueError as error:
+        parser.error(str(error))
+    show(results)
     arguments.out.mkdir(parents=True, exist_ok=True)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
-    page = environment.get_template("report.html.j2").render(lines=lines, failed=failed, families=families)
+    template = environment.get_template("report.html.j2")
+    page = template.render(lines=results.lines, failed=results.failed, families=results.families)
     (arguments.out / "index.html").write_text(page)
-    sections = ["\n".join(f"- {line}" for line in lines)]
-    for name, family in families.items():
-        tables = [[case.head(), *(row.cells() for row in case.rows)] for case in family["cases"]] + family["overhead"]
-        sections += [f"## {name}", *map(markdown_table, tables), "\n".join(f"- {text}" for text in family["remarks"])]
-    (arguments.out / "results.md").write_text("\n\n".join(section for section in sections if section) + "\n")
-    console.print(f"written: {arguments.out / 'index.html'}, {arguments.out / 'results.md'}", soft_wrap=True)
-
-    if arguments.readme:
-        if any(info["other_programs"] > BUSY for info in infos):
-            parser.error("--readme: other programs ran meanwhile, and slow the peers' loops most; measure alone")
-        where = lines[0].split(", ")[0] + (f", {described['threads']} threads" if described["device"] == "cpu" else "")
-        for name, family in families.items():
-            first = [case for case in family["cases"][:2] if not case.mapped]
-            if [case.mode for case in first] == ["forward", "forward+backward"]:
-                plots.hero(first, where, HERE.parent / "docs" / "images" / f"bench_{name}.png")
+    (arguments.out / "results.md").write_text(results.markdown())
+    print(f"written: {arguments.out / 'index.html'}, {arguments.out / 'results.md'}")
 
 
 if __name__ == "__main__":

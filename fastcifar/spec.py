@@ -35,15 +35,15 @@ class OpSpec:
     Attributes:
         name, family: ``fastcifar.<family>.functional.<name>``.
         function, reference: the function and its plain PyTorch twin, of one signature, returning a tuple.
-        sample: ``(size, dtype, device, seed)`` to tensor arguments by name; sizes are ``"empty"``, ``"one"``, ``"prime"``
-            and ``"large"``.
+        sample: ``(size, dtype, device, seed)`` to tensor arguments by name; sizes are ``"empty"``, ``"one"``,
+            ``"prime"`` and ``"large"``.
         options: combinations of the other arguments, so chosen that every value of each occurs.
         differentiable: tensor arguments that take a gradient.
         exact: indices of the outputs that equal the reference's to the bit in every dtype; others are held to the error
             bound of :func:`compare`.
-        comparable: given the outputs of the float64 truth and of the reference in the tested dtype, the elements of each
-            argument whose gradients may be compared (where a rounding decides an output, as with a threshold, the two
-            follow different paths), or None for all.
+        comparable: given the outputs of the float64 truth and of the reference in the tested dtype, the elements of
+            each argument whose gradients may be compared (where a rounding decides an output, as with a threshold, the
+            two follow different paths), or None for all.
         raw_ops: names in ``torch.ops.fastcifar``.
         raw_calls: ``(inputs, options)`` to the arguments of each raw op, for torch.library.opcheck.
         module: makes a module of the op, for round trips; its ``forward`` takes the first argument of ``sample``.

@@ -30,6 +30,7 @@ KERNEL = re.compile(r"^\s*([\d,]+).*?(\w+::lif_\w+_blocks<[^>]+>)", re.M)
 def run() -> None:
     """Calls each kernel once; this is what runs under callgrind."""
     import numpy as np
+
     from fastcifar import _host
 
     rng = np.random.default_rng(0)

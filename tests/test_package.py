@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fastcifar
 import pytest
 import torch
+
+import fastcifar
 from fastcifar import _library
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +37,16 @@ def pure(tmp_path_factory):
     """The package as it is installed where there was no compiler."""
     folder = tmp_path_factory.mktemp("pure")
     subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build", "--build-base", folder / "base", "--build-lib", folder / "lib"],
+        [
+            sys.executable,
+            "setup.py",
+            "--quiet",
+            "build",
+            "--build-base",
+            folder / "base",
+            "--build-lib",
+            folder / "lib",
+        ],
         cwd=ROOT,
         env=os.environ | {"FASTCIFAR_PURE": "1"},
         check=True,
@@ -78,7 +88,9 @@ def test_an_extension_of_another_version_is_refused_in_a_sentence(pure, tmp_path
 
 @needs_extension
 def test_the_extension_has_no_symbol_of_torchs_unstable_abi():
-    undefined = subprocess.run(["nm", "-D", "-C", "--undefined-only", EXTENSION], capture_output=True, text=True, check=True)
+    undefined = subprocess.run(
+        ["nm", "-D", "-C", "--undefined-only", EXTENSION], capture_output=True, text=True, check=True
+    )
     assert "aoti_torch" in undefined.stdout
     assert not re.findall(r"\b(?:at|c10|torch)::\S+", undefined.stdout)
 

@@ -41,14 +41,14 @@ def lif(
         V[t] = H[t] - S[t] v_threshold                        soft reset (v_reset is None)
 
     These are SpikingJelly's equations and defaults, except that the surrogate defaults to ``"atan"``; spikes equal
-    SpikingJelly's to the bit. An infinite ``H`` gives NaN after a hard reset, there and here. The backward pass computes
-    the membranes again from ``x``: nothing is saved beyond ``x`` and ``v``. There is no second derivative: asking for one
-    raises.
+    SpikingJelly's to the bit. An infinite ``H`` gives NaN after a hard reset, there and here. The backward pass
+    computes the membranes again from ``x``: nothing is saved beyond ``x`` and ``v``. There is no second derivative:
+    asking for one raises.
 
     Args:
-        x: input currents ``[T, N...]``, time first, in membrane units; float32, float64, bfloat16 or float16. Any layout;
-            one that is dense in memory (contiguous, channels-last, ``[B, T, ...]`` transposed) is read without a copy, and
-            the results have it too.
+        x: input currents ``[T, N...]``, time first, in membrane units; float32, float64, bfloat16 or float16. Any
+            layout; one that is dense in memory (contiguous, channels-last, ``[B, T, ...]`` transposed) is read without
+            a copy, and the results have it too.
         v: membrane before the first step, ``[N...]``; None starts at ``v_reset`` (0 for a soft reset). State is kept in
             float32 for bfloat16 and float16 ``x``, else in ``x``'s dtype; a state in ``x``'s dtype is accepted.
         tau: membrane time constant in steps; above 1 with ``decay_input``, else above 0. Default 2.
@@ -148,7 +148,8 @@ def check_options(op: str, tau: float, decay_input: bool, v_threshold: float, v_
 
 
 class LIFFunction(torch.autograd.Function):
-    """``lif_forward`` with its gradient: the inputs are the op's, then ``surrogate``, ``alpha`` and ``detach_reset``."""
+    """``lif_forward`` with its gradient: the inputs are the op's, then ``surrogate``, ``alpha`` and
+    ``detach_reset``."""
 
     generate_vmap_rule = True
 

@@ -14,8 +14,8 @@ class LIF(nn.Module):
     ``forward`` takes currents ``[T, N...]`` and returns spikes ``[T, N...]``; see
     :func:`fastcifar.spiking.functional.lif` for the formula, the arguments and the errors. The membrane after the last
     step stays in :attr:`v`, and the next call goes on from it: call :meth:`reset` between unrelated sequences and
-    :meth:`detach` to cut the gradient (truncated backpropagation through time). State is not part of the state_dict, and
-    copying or pickling the module copies the state's values without their history.
+    :meth:`detach` to cut the gradient (truncated backpropagation through time). State is not part of the state_dict,
+    and copying or pickling the module copies the state's values without their history.
 
     Args:
         tau, decay_input, v_threshold, v_reset, surrogate, detach_reset, store_v_seq: as in

@@ -1,0 +1,77 @@
+"""Puts the last run's figures where they are quoted: ``python bench/publish.py`` (``make publish``).
+
+Draws the front page's picture, rewrites the tables between markers in README.md and docs/, and files the run under
+bench/results/ with the machine's name. Refuses a run during which other programs took the processors.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import plots
+from paired import duration
+from report import HERE, Case, Results, load, markdown_table
+
+ROOT = HERE.parent
+RUN = HERE / "report" / "bench.json"
+
+
+def compact(cases: list[Case]) -> str:
+    """A line a workload: time and multiple of the floor for each candidate, and ours beside the peers'."""
+    names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.role != "floor"))
+    cells = [["", *names, "floor"]]
+    for case in cases:
+        rows = {row.name: row for row in case.rows}
+        line = [f"{case.title}, {case.mode}"]
+        for name in names:
+            row = rows.get(name)
+            line.append("" if row is None or row.seconds is None else f"{duration(row.seconds)} ({row.floors:.1f})")
+        cells.append([*line, duration(case.floor)])
+    return markdown_table(cells)
+
+
+def insert(path: Path, marker: str, text: str) -> None:
+    """Replaces what stands between ``<!-- marker -->`` and ``<!-- /marker -->``."""
+    before = path.read_text()
+    pattern = rf"(<!-- {marker} -->).*?(<!-- /{marker} -->)"
+    after, count = re.subn(pattern, lambda m: f"{m[1]}\n{text}\n{m[2]}", before, flags=re.S)
+    if count != 1:
+        raise ValueError(f"{path}: expected one pair of <!-- {marker} --> markers, found {count}")
+    path.write_text(after)
+
+
+def publish(results: Results) -> None:
+    about = results.about
+    chip = about["gpu"] or f"{about['cpu']} {about['isa']} {about['threads']} threads"
+    name = re.sub(r"\W+", "-", chip.lower()).strip("-")
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / f"{name}.md").write_text(results.markdown())
+    shutil.copy(RUN, HERE / "results" / f"{name}.json")
+    if about["device"] != "cpu":
+        return
+    where = f"{about['cpu']}, {about['threads']} threads"
+    for family, parts in results.families.items():
+        mapped = {case.workload for case in parts["cases"] if case.mapped}  # fresh memory, not the op, decides these
+        plain = [case for case in parts["cases"] if case.workload not in mapped]
+        plots.hero(plain[:2], where, ROOT / "docs" / "images" / f"bench_{family}.png")
+    spiking = results.families["spiking"]["cases"]
+    caption = f"Measured by `make bench` on {results.lines[0]}; in brackets the multiple of the floor.\n\n"
+    insert(ROOT / "README.md", "bench", caption + compact(spiking))
+    mapped = {case.workload for case in spiking if case.mapped}
+    insert(ROOT / "docs" / "memory.md", "memory", compact([case for case in spiking if case.workload in mapped]))
+
+
+def main() -> int:
+    results = load([RUN])
+    if results.busy:
+        print("publish: other programs ran during the benchmarks, and slow the peers' loops most; run them alone")
+        return 1
+    publish(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
