@@ -1,10 +1,17 @@
 """Builds fastcifar._C where torch is importable (pip install --no-build-isolation .), else a pure-Python package.
 
+Without torch or without a C++ compiler (CXX, else c++) the package installs all the same, runs its references, and
+`python -m fastcifar doctor` says so. A compiler that is there and fails is an error, never a silent fallback.
 FASTCIFAR_HOST=1 adds fastcifar._host, the raw kernels on numpy buffers, which the tests and the benchmarks use.
-FASTCIFAR_PURE=1 leaves every extension out.
 """
 
+from __future__ import annotations
+
+import importlib.util
 import os
+import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,18 +51,22 @@ def host_extension():
     )
 
 
-def main() -> None:
-    import re
+def why_pure() -> str | None:
+    """What is missing for the extension, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not importable in the build (pip install --no-build-isolation)"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    return None if shutil.which(compiler) else f"there is no C++ compiler ({compiler})"
 
-    version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M).group(1)
-    try:
-        from torch.utils.cpp_extension import BuildExtension
-    except ImportError:
-        BuildExtension = None
-    if BuildExtension is None or os.environ.get("FASTCIFAR_PURE") == "1":
-        print("fastcifar: building without the C++ extension: ops run their PyTorch references")
+
+def main() -> None:
+    if reason := why_pure():
+        print(f"fastcifar: building without the C++ extension, because {reason}: ops run their PyTorch references")
         setup()
         return
+    from torch.utils.cpp_extension import BuildExtension
+
+    version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M).group(1)
     extensions = [torch_extension(version)]
     if os.environ.get("FASTCIFAR_HOST") == "1":
         extensions.append(host_extension())

@@ -25,16 +25,16 @@ step() { # name, command...
 FASTCIFAR_HOST=1 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || exit 1
 step doctor "$python" -m fastcifar doctor
 step selftest "$python" -m fastcifar selftest
-step tests "$python" -P -m pytest -q tests
+step tests "$python" -m pytest -q tests
 
 if command -v compute-sanitizer >/dev/null; then
   # Without torch's caching allocator, so that an access beyond a tensor is beyond an allocation.
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 66 \
-      "$python" -P -m pytest -q tests/conformance.py -k "cuda and (small_sizes or subset_of_gradients)"
+      "$python" -m pytest -q tests/conformance.py -k "cuda and (small_sizes or subset_of_gradients)"
   done
 fi
 
-FASTCIFAR_BENCH_DEVICE=cuda step bench "$python" -P -m pytest bench --benchmark-json="$out/results.json"
+FASTCIFAR_BENCH_DEVICE=cuda step bench "$python" -m pytest bench --benchmark-json="$out/results.json"
 [ "$failed" = 0 ] && echo "gpu-check: all passed; results in $out"
 exit "$failed"

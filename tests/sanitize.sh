@@ -29,9 +29,9 @@ esac
 # From the sanitized copy, not from the editable install: PYTHONPATH comes first.
 cd "$lib"
 export PYTHONPATH=$lib/lib FASTCIFAR_EXPECT=$lib/lib
-LD_PRELOAD=$preload "$python" -P -c 'import fastcifar, os; assert fastcifar.__file__.startswith(os.environ["FASTCIFAR_EXPECT"])'
+LD_PRELOAD=$preload "$python" -c 'import fastcifar, os; assert fastcifar.__file__.startswith(os.environ["FASTCIFAR_EXPECT"])'
 tests=$OLDPWD/tests
-LD_PRELOAD=$preload "$python" -P -m pytest -q -p no:cacheprovider -c "$OLDPWD/pyproject.toml" --rootdir "$OLDPWD" \
+LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider -c "$OLDPWD/pyproject.toml" --rootdir "$OLDPWD" \
   "$tests/test_host.py" "$tests/test_spiking.py" "$tests/conformance.py" \
   -k "${SELECT:-not compile and not export and not inductor and not spikingjelly and not environment and not opcheck}" ||
   { status=$?; head -n 60 "$lib"/report.* 2>/dev/null; exit $status; }  # pytest has captured what went to stderr

@@ -48,7 +48,7 @@ def pure(tmp_path_factory):
             folder / "lib",
         ],
         cwd=ROOT,
-        env=os.environ | {"FASTCIFAR_PURE": "1"},
+        env=os.environ | {"CXX": "no-such-compiler"},
         check=True,
         capture_output=True,
     )
@@ -107,6 +107,11 @@ def test_the_python_schemas_are_those_of_the_extension():
         name = text.split("(")[0]
         schema = getattr(torch.ops.fastcifar, name).default._schema
         assert str(schema) == str(torch._C.parse_schema(f"fastcifar::{text}"))
+
+
+@needs_extension
+def test_the_extension_is_small():
+    assert EXTENSION.stat().st_size < 3 << 20
 
 
 def test_import_adds_little_to_that_of_torch():
