@@ -5,8 +5,6 @@ Without torch or without a C++ compiler (CXX, else c++) the package installs all
 FASTCIFAR_HOST=1 adds fastcifar._host, the raw kernels on numpy buffers, which the tests and the benchmarks use.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -51,7 +49,7 @@ def host_extension():
     )
 
 
-def why_pure() -> str | None:
+def why_pure():
     """What is missing for the extension, or None."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not importable in the build (pip install --no-build-isolation)"

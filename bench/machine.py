@@ -17,6 +17,8 @@ import torch
 from measure import DEVICE, seconds
 from torch import Tensor
 
+from fastcifar import _library
+
 COPY_BYTES = 256 << 20  # of each buffer, or four times the last-level cache where that is more
 REPEATS = 12
 PACKAGES = ("torch", "triton", "numpy", "spikingjelly", "snntorch", "fastcifar")
@@ -44,10 +46,8 @@ def describe() -> dict[str, Any]:
 
 def isa() -> str:
     """The instruction set that the kernels use or, where they are not built, the best that the processor has."""
-    from fastcifar._library import cpu_isa
-
     try:
-        return cpu_isa()
+        return _library.cpu_isa()
     except RuntimeError:
         return {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
 
@@ -73,16 +73,10 @@ def copier(count: int) -> Callable[[], None]:
 
 
 def _stream_copier(target: Tensor, source: Tensor) -> Callable[[], None] | None:
-    """The copy with non-temporal stores on all of torch's threads; None where fastcifar._host is not built."""
-    try:
-        from fastcifar import _host
-    except ImportError:
+    """The copy with non-temporal stores; None where the extension is not built."""
+    if _library.WHY_NO_EXTENSION is not None:
         return None
-    threads = torch.get_num_threads()
-    part = -(-len(source) // threads // 4096) * 4096
-    pieces = [(target.numpy()[i : i + part], source.numpy()[i : i + part]) for i in range(0, len(source), part)]
-    pool = ThreadPoolExecutor(threads)
-    return lambda: list(pool.map(lambda piece: _host.stream_copy(*piece), pieces)) and None
+    return lambda: torch.ops.fastcifar._stream_copy.default(target, source)
 
 
 def bandwidth(ceilings: dict[str, float | None]) -> float:
@@ -101,7 +95,7 @@ def lines(about: dict[str, Any], ceilings: dict[str, float | None]) -> list[str]
     if ceilings["flops"]:
         text[-1] += f", float32 multiply-add {ceilings['flops'] * 1e-9:.0f} GFLOP/s"
     if about["device"] == "cpu" and ceilings["stream_copy"] is None:
-        text.append("fastcifar._host is not built: the copy is torch's copy_ alone, so the floor is too lenient")
+        text.append("the extension is not built: the copy is torch's copy_ alone, so the floor is too lenient")
     return text
 
 
@@ -120,14 +114,14 @@ def _cpu_ceilings() -> dict[str, float | None]:
         "stream_copy": None,
         "flops": None,
     }
+
+    if stream_copy := _stream_copier(target.zero_(), source):
+        result["stream_copy"] = 2 * size / min(seconds(stream_copy) for _ in range(REPEATS))
+        assert torch.equal(target, source), "stream_copy did not copy"
     try:
         from fastcifar import _host
     except ImportError:
         return result
-
-    stream_copy = _stream_copier(target.zero_(), source)
-    result["stream_copy"] = 2 * size / min(seconds(stream_copy) for _ in range(REPEATS))
-    assert torch.equal(target, source), "stream_copy did not copy"
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
 

@@ -16,6 +16,20 @@ namespace fastcifar {
 
 static int64_t cpu_isa(int64_t isa) { return isa < 0 ? active_isa() : select_isa(int(isa)); }
 
+static void stream_copy(Tensor dst, Tensor src) {
+  const int64_t bytes = dst.numel() * dst.element_size();
+  FC_CHECK(dst.is_cpu() && src.is_cpu() && dst.is_contiguous() && src.is_contiguous() &&
+               src.numel() * int64_t(src.element_size()) == bytes,
+           "_stream_copy: expected two contiguous CPU tensors of as many bytes");
+  char* to = (char*)dst.data_ptr();
+  const char* from = (const char*)src.data_ptr();
+  const auto copy = common_kernels(checked_isa()).stream_copy;
+  constexpr int64_t kPiece = 4096;
+  parallel_for((bytes + kPiece - 1) / kPiece, kGrain / kPiece, [&](int64_t begin, int64_t end) {
+    copy(to + begin * kPiece, from + begin * kPiece, std::min(end * kPiece, bytes) - begin * kPiece);
+  });
+}
+
 }  // namespace fastcifar
 
 STABLE_TORCH_LIBRARY(fastcifar, m) {
@@ -30,6 +44,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
+  m.impl("_stream_copy", TORCH_BOX(&fastcifar::stream_copy));
   // spiking
   m.impl("lif_forward", TORCH_BOX(&fastcifar::lif_forward));
   m.impl("lif_backward", TORCH_BOX(&fastcifar::lif_backward));

@@ -163,11 +163,3 @@ def test_wrong_buffers_are_refused():
         _lif(ISAS[0], "float32", x[:, ::2], None)
     with pytest.raises(ValueError, match="instruction set"):
         _lif("sse9", "float32", x, None)
-
-
-@by_isa
-def test_stream_copy_copies_every_byte(isa):
-    src = np.random.default_rng(0).integers(0, 256, 100_003, dtype=np.uint8)
-    dst = np.zeros_like(src)
-    host.stream_copy(dst, src, isa)
-    np.testing.assert_array_equal(dst, src)

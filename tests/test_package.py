@@ -125,6 +125,21 @@ def test_import_leaves_triton_and_the_peers_alone():
     assert not [m for m in new if m.split(".")[0] in ("triton", "spikingjelly", "numpy", "matplotlib")]
 
 
+@needs_extension
+@pytest.mark.parametrize("offset", [0, 1])
+def test_stream_copy_copies_every_byte(each_isa, offset):
+    source = torch.randint(0, 256, (3_000_001,), dtype=torch.uint8)[offset:]
+
+    def check(_):
+        target = torch.zeros(3_000_001, dtype=torch.uint8)[offset:]
+        torch.ops.fastcifar._stream_copy(target, source)
+        assert torch.equal(target, source)
+
+    each_isa(check)
+    with pytest.raises(RuntimeError, match="_stream_copy: expected two contiguous CPU tensors"):
+        torch.ops.fastcifar._stream_copy(torch.zeros(3), torch.zeros(4))
+
+
 def test_doctor_and_selftest():
     shown = _python("-m", "fastcifar", "doctor").stdout
     for word in ("torch", "CPU kernels", "CPU threads", "GPU", "lif_forward", "lif_backward"):

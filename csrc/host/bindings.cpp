@@ -113,15 +113,6 @@ void lif_backward(const std::string& isa, const std::string& dtype, int64_t step
   host.run(spiking_kernels(isa_of(isa)).lif_backward[host.dtype], steps + 1);
 }
 
-void stream_copy(py::array dst, py::array src, const std::string& isa) {
-  const CommonKernels& kernels = common_kernels(isa_of(isa));
-  void* to = data_of(dst, dst.size(), dst.itemsize(), "dst");
-  const void* from = data_of(src, dst.nbytes() / src.itemsize(), src.itemsize(), "src");
-  const int64_t bytes = dst.nbytes();
-  py::gil_scoped_release release;
-  kernels.stream_copy(to, from, bytes);
-}
-
 int64_t peak_flops(const std::string& isa, int64_t iterations) {
   const CommonKernels& kernels = common_kernels(isa_of(isa));
   py::gil_scoped_release release;
@@ -164,8 +155,6 @@ PYBIND11_MODULE(_host, m) {
         "grad_v_seq"_a, "x"_a, "v"_a, "grad_x"_a, "grad_v"_a, py::kw_only(), "tau"_a = 2.0, "decay_input"_a = true,
         "v_threshold"_a = 1.0, "v_reset"_a = 0.0, "surrogate"_a = 0, "alpha"_a = 2.0, "detach_reset"_a = false,
         "stream"_a = false);
-  m.def("stream_copy", &stream_copy, "dst"_a, "src"_a, "isa"_a = kIsaNames[best_isa()],
-        "Copies src's bytes into dst past the caches; releases the GIL.");
   m.def("peak_flops", &peak_flops, "isa"_a, "iterations"_a,
         "Runs independent float32 multiplications and additions and returns how many operations it did.");
   m.def("exp_nonpositive", &exp_nonpositive, "isa"_a, "dtype"_a, "x"_a, "out"_a);
