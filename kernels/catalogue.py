@@ -1,0 +1,233 @@
+"""Every kernel with the signatures that ship, compiled ahead of time on a machine without a GPU.
+
+``python -m fastcifar.kernels.catalogue`` compiles the catalogue for sm_80, sm_90 and sm_100 with the ptxas in the
+Triton wheel, prints what each kernel uses, and fails if one does not compile or keeps anything in local memory: a
+spilled register is a trip to memory that no kernel here has budgeted for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel with one signature.
+
+    Args:
+        kernel: the ``@triton.jit`` function.
+        signature: type of each argument that is not a constant, as Triton spells it; ``:16`` after it says that the
+            number, or the address in bytes, is a multiple of 16.
+        constexprs: value of each constant argument; None for a pointer that is absent.
+        num_warps: warps of a program.
+        name: what to print.
+        options: further compiler options, as at the launch.
+        exact: its results equal the reference bit for bit, so no multiply and add may have been fused.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    exact: bool = False
+
+
+def covering(factors: Mapping[str, Sequence[Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """These rows, and more until every value of every factor has met every value of every other factor.
+
+    All combinations of spiking's options are 40,000 kernels; all pairs of values fit in about 30. What breaks a kernel
+    (a type that does not match, a pointer that is None, a register too many) is mostly one option, or two that meet.
+    The seed is one with few rows of 32 steps, which take 5 seconds each to compile.
+    """
+    names, rng, rows = list(factors), random.Random(4), list(rows)
+    todo = {(a, va, b, vb) for a, b in itertools.combinations(names, 2) for va in factors[a] for vb in factors[b]}
+
+    def pairs(row: Mapping[str, Any]) -> set[tuple[str, Any, str, Any]]:
+        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)} & todo
+
+    for row in rows:
+        todo -= pairs(row)
+    while todo:
+        # A pair of the two factors with the most values, as all their combinations must occur; then the best of
+        # some random ways to fill the row.
+        a, va, b, vb = max(todo, key=lambda pair: (len(factors[pair[0]]) * len(factors[pair[2]]), repr(pair)))
+        tries = [{name: rng.choice(factors[name]) for name in names} | {a: va, b: vb} for _ in range(200)]
+        rows.append(max(tries, key=lambda row: len(pairs(row))))
+        todo -= pairs(rows[-1])
+    return rows
+
+
+def spiking() -> Iterator[Entry]:
+    """The kernels of kernels/spiking.py."""
+    import torch
+    import triton.language as tl
+
+    from . import spiking as family
+
+    kinds = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+    flags = (True, False)
+    common = {
+        "dtype": tuple(kinds),
+        "aligned": flags,
+        **dict.fromkeys(("DECAY_INPUT", "HARD_RESET", "HAS_V", "EXACT_RECIPROCAL", "PANELS"), flags),
+    }
+
+    def entry(
+        kernel: Any, row: dict[str, Any], blocks: dict[str, Any], pointers: dict[str, tuple[str, bool]], exact: bool
+    ) -> Entry:
+        kind, multiple = row["dtype"], ":16" if row["aligned"] else ""
+        state = "fp64" if kind == "fp64" else "fp32"
+        signature = {"T": "i32", "N": "i64" + multiple, "inner": "i64" + multiple}
+        constexprs = {"STATE": tl.float64 if state == "fp64" else tl.float32, **blocks}
+        num_warps = constexprs.pop("num_warps")
+        options = {"enable_fp_fusion": False}
+        if "maxnreg" in constexprs:
+            options["maxnreg"] = constexprs.pop("maxnreg")
+        for name, (what, present) in pointers.items():
+            if present:
+                signature[name] = f"*{kind if what == 'x' else state}:16"
+            else:
+                constexprs[name] = None
+        for name in kernel.arg_names:
+            if name in row:
+                constexprs[name] = row[name]
+            elif name not in signature and name not in constexprs:
+                signature[name] = "fp64"  # the scalars
+        on = [name if value is True else f"{name}={value}" for name, value in row.items() if value is not False]
+        return Entry(kernel, signature, constexprs, num_warps, " ".join([kernel.__name__, *on]), options, exact)
+
+    # First what nearly everyone runs: float32, tau = 2, hard reset, and no gradient but that of the spikes.
+    usual = {"dtype": "fp32", **dict.fromkeys(("aligned", "DECAY_INPUT", "HARD_RESET", "EXACT_RECIPROCAL"), True)}
+    usual |= {"HAS_V": False, "PANELS": False}
+
+    factors = {"steps": (4, 32), **common, "STORE_V_SEQ": flags}
+    for row in covering(factors, [{"steps": T, **usual, "STORE_V_SEQ": False} for T in factors["steps"]]):
+        pointers = {
+            "x_ptr": ("x", True),
+            "v_ptr": ("state", row["HAS_V"]),
+            "spikes_ptr": ("x", True),
+            "v_last_ptr": ("state", True),
+            "v_seq_ptr": ("state", row["STORE_V_SEQ"]),
+        }
+        blocks = family.forward_blocks(row["steps"], kinds[row["dtype"]], row["aligned"])
+        yield entry(family._lif_forward_kernel, row, blocks, pointers, exact=True)
+
+    more = ("DETACH_RESET", "HAS_GRAD_V_LAST", "HAS_GRAD_V_SEQ")
+    factors = {"steps": (4, 8, 16, 32, 64), **common, "SURROGATE": (0, 1, 2, 3), **dict.fromkeys(more, flags)}
+    usual |= {"SURROGATE": 0, **dict.fromkeys(more, False)}
+    for row in covering(factors, [{"steps": T, **usual} for T in factors["steps"]]):
+        blocks = family.backward_blocks(row["steps"], kinds[row["dtype"]], row["aligned"], row["HAS_GRAD_V_SEQ"])
+        pointers = {
+            "grad_spikes_ptr": ("x", True),
+            "grad_v_last_ptr": ("state", row["HAS_GRAD_V_LAST"]),
+            "grad_v_seq_ptr": ("state", row["HAS_GRAD_V_SEQ"]),
+            "x_ptr": ("x", True),
+            "v_ptr": ("state", row["HAS_V"]),
+            "grad_x_ptr": ("x", True),
+            "grad_v_ptr": ("state", row["HAS_V"]),
+            "checkpoint_ptr": ("state", blocks["SEGMENTED"]),
+        }
+        yield entry(family._lif_backward_kernel, row, blocks, pointers, exact=False)
+
+
+FAMILIES = {"spiking": spiking}
+
+
+def entries(families: Sequence[str] = tuple(FAMILIES)) -> list[Entry]:
+    """The catalogue of these families."""
+    return [entry for family in families for entry in FAMILIES[family]()]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one entry uses on one architecture: registers a thread, spilled bytes a thread, shared bytes a program."""
+
+    registers: int
+    spills: int
+    shared: int
+
+
+def compile_entry(entry: Entry, arch: int) -> Compiled:
+    """Compiles an entry for sm_<arch>; no GPU is needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    position = {name: i for i, name in enumerate(entry.kernel.arg_names)}
+    signature = dict.fromkeys(position, "constexpr")
+    attrs = {}
+    for name, kind in entry.signature.items():
+        signature[name], _, multiple = kind.partition(":")
+        if multiple:
+            attrs[position[name],] = [["tt.divisibility", int(multiple)]]
+    constexprs = {(position[name],): value for name, value in entry.constexprs.items()}
+    binary = triton.compile(
+        ASTSource(entry.kernel, signature=signature, constexprs=constexprs, attrs=attrs),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": entry.num_warps, **entry.options},
+    )
+    if entry.exact and "fma." in binary.asm["ptx"]:
+        raise ValueError("a multiply and an add were fused, and the result is no longer the reference's")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Compiled(used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared)
+
+
+_catalogue: list[Entry] = []  # inherited by the worker processes: a JIT function does not pickle
+
+
+def _work(job: tuple[int, int]) -> Compiled | str:
+    try:
+        return compile_entry(_catalogue[job[0]], job[1])
+    except Exception as error:  # report it in its line and go on with the others
+        return f"{type(error).__name__}: {error}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastcifar.kernels.catalogue", description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHS, help="compute capabilities times ten")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--family", nargs="+", choices=FAMILIES, default=tuple(FAMILIES))
+    args = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+
+    _catalogue[:] = entries(args.family)
+    jobs = list(itertools.product(range(len(_catalogue)), args.arch))
+    failures = 0
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
+        for (index, arch), result in zip(jobs, pool.map(_work, jobs), strict=True):
+            if isinstance(result, Compiled):
+                failures += result.spills > 0
+                verdict = f"{result.registers:4d} registers {result.spills:4d} spilled {result.shared:6d} shared"
+            else:
+                failures += 1
+                verdict = f"FAILED {result}\n   "
+            print(f"sm_{arch:<4d}{verdict}  {_catalogue[index].name}", flush=True)
+    print(f"{len(_catalogue)} kernels, {len(jobs)} compilations, {failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
