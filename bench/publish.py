@@ -54,14 +54,15 @@ def publish(results: Results) -> None:
         return
     where = f"{about['cpu']}, {about['threads']} threads"
     for family, parts in results.families.items():
+        if not parts["cases"]:
+            continue
         mapped = {case.workload for case in parts["cases"] if case.mapped}  # fresh memory, not the op, decides these
         plain = [case for case in parts["cases"] if case.workload not in mapped]
         plots.hero(plain[:2], where, ROOT / "docs" / "images" / f"bench_{family}.png")
     spiking = results.families["spiking"]["cases"]
     caption = f"Measured by `make bench` on {results.lines[0]}; in brackets the multiple of the floor.\n\n"
     insert(ROOT / "README.md", "bench", caption + compact(spiking))
-    mapped = {case.workload for case in spiking if case.mapped}
-    insert(ROOT / "docs" / "memory.md", "memory", compact([case for case in spiking if case.workload in mapped]))
+    insert(ROOT / "docs" / "memory.md", "memory", markdown_table(results.families["memory"]["overhead"][0]))
 
 
 def main() -> int:
