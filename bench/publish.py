@@ -6,10 +6,11 @@ bench/results/ with the machine's name. Refuses a run during which other program
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import plots
 from paired import duration
@@ -43,13 +44,23 @@ def insert(path: Path, marker: str, text: str) -> None:
     path.write_text(after)
 
 
+def slim(run: dict[str, Any]) -> dict[str, Any]:
+    """A run without the single times of every round, and of the machine only what `machine.describe` says."""
+    run["machine_info"] = {"fastcifar": run["machine_info"]["fastcifar"]}
+    for benchmark in run["benchmarks"]:
+        benchmark.pop("stats", None)
+        for facts in benchmark["extra_info"]["candidates"].values():
+            facts.pop("times", None)
+    return run
+
+
 def publish(results: Results) -> None:
     about = results.about
     chip = about["gpu"] or f"{about['cpu']} {about['isa']} {about['threads']} threads"
     name = re.sub(r"\W+", "-", chip.lower()).strip("-")
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / f"{name}.md").write_text(results.markdown())
-    shutil.copy(RUN, HERE / "results" / f"{name}.json")
+    (HERE / "results" / f"{name}.json").write_text(json.dumps(slim(json.loads(RUN.read_text())), indent=1) + "\n")
     if about["device"] != "cpu":
         return
     where = f"{about['cpu']}, {about['threads']} threads"
