@@ -106,10 +106,14 @@ void lif_forward_row(const S* x, compute_t<S>* v, S* spikes, compute_t<S>* v_seq
   for_each_vector<A>(n, [&](int64_t i, auto width) {
     prefetch_next_page(x + i);
     const V<A> h = c.charge(load(x + i, width), load(v + i, Full{}));
-    const V<A> s = heaviside<A>(h - c.threshold);
+    const I<A> fires = h - c.threshold >= A(0);
+    const V<A> s = select<A>(fires, splat<A>(1), V<A>{});
     const V<A> v_next = c.template after_reset<kHard>(h, s);
     store(v + i, v_next, Full{});
-    store(spikes + i, s, width, stream);
+    if constexpr (sizeof(S) < sizeof(A))
+      store_mask(spikes + i, fires, width, stream);
+    else
+      store(spikes + i, s, width, stream);
     if (v_seq) store(v_seq + i, v_next, width, stream);
   });
 }

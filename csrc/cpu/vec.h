@@ -181,6 +181,17 @@ FC_INLINE void store(float16* p, V<float> x, Width w, bool stream = false) {
   store_raw(p, narrow(x, p), w, stream);
 }
 
+// Stores 1 where the mask is set and 0 elsewhere: the bits of 1 under the mask, which spares half precision the
+// rounding.
+template <class Width>
+FC_INLINE void store_mask(bfloat16* p, I<float> mask, Width w, bool stream) {
+  store_raw(p, __builtin_convertvector(mask & 0x3f80, Half16), w, stream);
+}
+template <class Width>
+FC_INLINE void store_mask(float16* p, I<float> mask, Width w, bool stream) {
+  store_raw(p, __builtin_convertvector(mask & 0x3c00, Half16), w, stream);
+}
+
 // Asks for what will be read one page further on. A kernel that takes a block of neurons through time reads a row of
 // the block from each step in turn, and the hardware prefetcher, which stops at the end of a page, never gets up to
 // speed on rows of a few kilobytes: without this a backward pass runs at half the bandwidth.
