@@ -109,6 +109,35 @@ def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     return apply
 
 
+class _Once(torch.autograd.Function):
+    """Passes a gradient on unchanged, as a function of the inputs that it depends on, and refuses its derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, op, *inputs):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(f"{ctx.op}: the second derivative is not offered")
+
+
+def differentiable_once(op: str, grad: Tensor, *inputs: Tensor | None) -> Tensor:
+    """``grad`` as a backward pass returns it where no second derivative is offered: differentiating it raises.
+
+    ``torch.autograd.function.once_differentiable`` is not enough: it looks at the incoming gradients only, so that
+    where these are constants a gradient penalty would count as a constant in silence. torch.compile refuses by itself.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grad
+    return _Once.apply(grad, op, *[t for t in inputs if t is not None])
+
+
 def cpu_isa(isa: str | None = None) -> str:
     """The instruction set that CPU kernels use, after putting ``isa`` in use if one is given.
 

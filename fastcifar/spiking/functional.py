@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _library
 from . import reference
@@ -166,15 +165,18 @@ class LIFFunction(torch.autograd.Function):
             ctx.mark_non_differentiable(output[2])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_spikes, grad_v_last, grad_v_seq):
         x, v = ctx.saved_tensors
         if grad_spikes is None:
             grad_spikes = torch.zeros_like(x)
         if not ctx.store_v_seq:
             grad_v_seq = None  # torch.compile gives zeros for an output that is not differentiable
-        grad_x, grad_v = _backward(grad_spikes, grad_v_last, grad_v_seq, x, v, *ctx.options)
-        return grad_x, None if v is None else grad_v, *[None] * 8
+        with torch.no_grad():
+            grad_x, grad_v = _backward(grad_spikes, grad_v_last, grad_v_seq, x, v, *ctx.options)
+        depends_on = (x, v, grad_spikes, grad_v_last, grad_v_seq)
+        grad_x = _library.differentiable_once("lif", grad_x, *depends_on)
+        grad_v = None if v is None else _library.differentiable_once("lif", grad_v, *depends_on)
+        return grad_x, grad_v, *[None] * 8
 
 
 _apply = _library.direct_apply(LIFFunction)
