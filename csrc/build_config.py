@@ -21,6 +21,7 @@ HEADERS = [
     "csrc/cpu/common_kernels.inl",
     "fastcifar/_schemas.inc",
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
+    *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
 ]
 
 # -O3, not -O2: it takes the branches on a call's options out of the inner loops, which halves their time.

@@ -92,32 +92,38 @@ inline Tensor copy_as(const Tensor& t, const Dims& strides) {
   return out;
 }
 
-// Dimensions 1.. of a sequence [T, N...] seen as [panels, neurons], `neurons` dense in memory.
+// Dimensions 1.. of a sequence [T, N...] seen as [panels, neurons].
 struct Panels {
   int64_t panels = 1, neurons = 1;
 };
+// One tensor's elements from one neuron to the next, and from one panel to the next.
+struct PanelStrides {
+  int64_t neuron = 1, panel = 0;
+};
 
 // Folds the inner dimensions, taken in the memory order of strides[0], so far as every one of the tensors allows.
-// Returns false where more than one panel dimension would remain; else panel_strides[i] belongs to strides[i].
-inline bool fold(const Dims& sizes, const std::vector<Dims>& strides, Panels& out, Dims& panel_strides) {
+// Returns false where more than one panel dimension would remain; else `folded` has an entry for each of `strides`.
+inline bool fold(const Dims& sizes, const std::vector<Dims>& strides, Panels& out, std::vector<PanelStrides>& folded) {
   Dims order;
   for (size_t d = 1; d < sizes.size(); ++d)
     if (sizes[d] != 1) order.push_back(d);
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[0][a] < strides[0][b]; });
   out = {};
-  panel_strides.assign(strides.size(), 0);
-  size_t k = 0;
+  folded.assign(strides.size(), {});
   const auto all = [&](auto follows) {
     for (size_t i = 0; i < strides.size(); ++i)
       if (!follows(i)) return false;
     return true;
   };
-  for (; k < order.size() && all([&](size_t i) { return strides[i][order[k]] == out.neurons; }); ++k)
+  if (!order.empty())
+    for (size_t i = 0; i < strides.size(); ++i) folded[i].neuron = strides[i][order[0]];
+  size_t k = 0;
+  for (; k < order.size() && all([&](size_t i) { return strides[i][order[k]] == folded[i].neuron * out.neurons; }); ++k)
     out.neurons *= sizes[order[k]];
   for (size_t first = k; k < order.size(); ++k) {
     if (k == first)
-      for (size_t i = 0; i < strides.size(); ++i) panel_strides[i] = strides[i][order[k]];
-    else if (!all([&](size_t i) { return strides[i][order[k]] == panel_strides[i] * out.panels; }))
+      for (size_t i = 0; i < strides.size(); ++i) folded[i].panel = strides[i][order[k]];
+    else if (!all([&](size_t i) { return strides[i][order[k]] == folded[i].panel * out.panels; }))
       return false;
     out.panels *= sizes[order[k]];
   }

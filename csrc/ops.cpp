@@ -46,8 +46,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("_stream_copy", TORCH_BOX(&fastcifar::stream_copy));
   // spiking
-  m.impl("lif_forward", TORCH_BOX(&fastcifar::lif_forward));
-  m.impl("lif_backward", TORCH_BOX(&fastcifar::lif_backward));
+  m.impl("neuron_forward", TORCH_BOX(&fastcifar::neuron_forward));
+  m.impl("neuron_backward", TORCH_BOX(&fastcifar::neuron_backward));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

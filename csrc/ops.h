@@ -7,11 +7,16 @@
 namespace fastcifar {
 
 // spiking
-std::tuple<Tensor, Tensor, Tensor> lif_forward(Tensor x, OptionalTensor v, double tau, bool decay_input,
-                                               double v_threshold, std::optional<double> v_reset, bool store_v_seq);
-std::tuple<Tensor, Tensor> lif_backward(Tensor grad_spikes, OptionalTensor grad_v_last, OptionalTensor grad_v_seq,
-                                        Tensor x, OptionalTensor v, double tau, bool decay_input, double v_threshold,
-                                        std::optional<double> v_reset, int64_t surrogate, double alpha,
-                                        bool detach_reset);
+std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(Tensor x, OptionalTensor v, OptionalTensor w,
+                                                          OptionalTensor leak, OptionalTensor threshold,
+                                                          OptionalTensor gain, OptionalTensor scale,
+                                                          OptionalTensor shift, int64_t neuron,
+                                                          std::vector<double> numbers, std::optional<double> v_reset,
+                                                          int64_t spike_format, bool store_v_seq);
+std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_backward(
+    Tensor grad_spikes, OptionalTensor grad_v_last, OptionalTensor grad_w_last, OptionalTensor grad_v_seq, Tensor x,
+    OptionalTensor v, OptionalTensor w, OptionalTensor leak, OptionalTensor threshold, OptionalTensor gain,
+    OptionalTensor scale, OptionalTensor shift, int64_t neuron, std::vector<double> numbers,
+    std::optional<double> v_reset, int64_t surrogate, std::vector<double> widths, bool detach_reset, int64_t wanted);
 
 }  // namespace fastcifar

@@ -177,39 +177,75 @@ def _move(t: Tensor | None, batch_dim: int | None, to: int, size: int) -> Tensor
 # Autocast: no rule; the kernels take any floating dtype and compute in float32 inside.
 
 
-def _state_like(x: Tensor) -> Tensor:
-    dtype = state_dtype(x.dtype)
+_SECOND_STATE = (7, 8, 12, 13, 14)  # has_second_state in csrc/cpu/spiking.h
+
+
+def _neuron_state(x: Tensor, v: Tensor | None) -> Tensor:
+    dtype = state_dtype(x.dtype) if v is None else v.dtype
     return torch.empty_like(x[0], dtype=dtype) if x.shape[0] else x.new_empty(x.shape[1:], dtype=dtype)
 
 
-def _lif_forward_fake(x, v, tau, decay_input, v_threshold, v_reset, store_v_seq):
-    dtype = state_dtype(x.dtype)
-    v_seq = torch.empty_like(x, dtype=dtype) if store_v_seq else x.new_empty((0,), dtype=dtype)
-    return torch.empty_like(x), _state_like(x), v_seq
+def _neuron_forward_fake(x, v, w, leak, threshold, gain, scale, shift, neuron, numbers, v_reset, spike_format, store):
+    state = _neuron_state(x, v)
+    if spike_format == 2:
+        spikes = x.new_empty((x.shape[0], (state.numel() + 7) // 8), dtype=torch.uint8)
+    else:
+        spikes = torch.empty_like(x, dtype=torch.uint8 if spike_format else x.dtype)
+    none = x.new_empty((0,), dtype=state.dtype)
+    w_last = torch.empty_like(state) if neuron in _SECOND_STATE else none
+    return spikes, state, w_last, torch.empty_like(x, dtype=state.dtype) if store else torch.empty_like(none)
 
 
-def _lif_backward_fake(grad_spikes, grad_v_last, grad_v_seq, x, v, *options):
-    grad_v = x.new_empty((0,), dtype=state_dtype(x.dtype)) if v is None else _state_like(x)
-    return torch.empty_like(x), grad_v
+def _neuron_backward_fake(grad_spikes, grad_v_last, grad_w_last, grad_v_seq, x, v, w, *rest):
+    *parameters, wanted = *rest[:5], rest[-1]
+    state = _neuron_state(x, v)
+    none = x.new_empty((0,), dtype=state.dtype)
+    flat = sum(p.numel() for i, p in enumerate(parameters) if wanted >> i & 1)
+    grad_v, grad_w = (torch.empty_like(none if t is None else state) for t in (v, w))
+    return torch.empty_like(x), grad_v, grad_w, x.new_empty((flat,), dtype=torch.float64)
 
 
-def _lif_forward_vmap(info, in_dims, x, v, *options):
-    store_v_seq = options[-1]
-    x, v = _move(x, in_dims[0], 1, info.batch_size), _move(v, in_dims[1], 0, info.batch_size)
-    return torch.ops.fastcifar.lif_forward(x, v, *options), (1, 0, 1 if store_v_seq else None)
+def _batched_parameter(p: Tensor | None, dim: int | None, x_dims: int, size: int, expand: bool) -> Tensor | None:
+    """A parameter that broadcasts against ``[size, N...]``, N of ``x_dims`` dimensions."""
+    if p is None or (dim is None and not expand):
+        return p
+    p = p.unsqueeze(0).expand(size, *p.shape) if dim is None else p.movedim(dim, 0)
+    return p.reshape(size, *[1] * (x_dims - p.dim() + 1), *p.shape[1:])
 
 
-def _lif_backward_vmap(info, in_dims, grad_spikes, grad_v_last, grad_v_seq, x, v, *options):
-    where = (1, 0, 1, 1, 0)
-    tensors = (grad_spikes, grad_v_last, grad_v_seq, x, v)
-    moved = [_move(t, dim, to, info.batch_size) for t, dim, to in zip(tensors, in_dims[:5], where, strict=True)]
-    return torch.ops.fastcifar.lif_backward(*moved, *options), (1, None if v is None else 0)
+def _neuron_forward_vmap(info, in_dims, x, v, w, *rest):
+    size = info.batch_size
+    x, v, w = (_move(t, dim, to, size) for t, dim, to in zip((x, v, w), in_dims[:3], (1, 0, 0), strict=True))
+    parameters = [
+        _batched_parameter(p, d, x.dim() - 2, size, False) for p, d in zip(rest[:5], in_dims[3:8], strict=True)
+    ]
+    neuron, _, _, spike_format, store_v_seq = rest[5:]
+    if spike_format == 2:
+        raise RuntimeError("vmap: packed spikes have no dimension to map over")
+    dims = (1, 0, 0 if neuron in _SECOND_STATE else None, 1 if store_v_seq else None)
+    return torch.ops.fastcifar.neuron_forward(x, v, w, *parameters, *rest[5:]), dims
+
+
+def _neuron_backward_vmap(info, in_dims, *arguments):
+    size, wanted = info.batch_size, arguments[-1]
+    where = (1, 0, 0, 1, 1, 0, 0)
+    sequences = [_move(t, d, to, size) for t, d, to in zip(arguments[:7], in_dims[:7], where, strict=True)]
+    x, v, w = sequences[4:]
+    # A gradient that is wanted belongs to one sample, so each sample has a parameter of its own.
+    parameters = [
+        _batched_parameter(p, d, x.dim() - 2, size, bool(wanted >> i & 1))
+        for i, (p, d) in enumerate(zip(arguments[7:12], in_dims[7:12], strict=True))
+    ]
+    *grads, flat = torch.ops.fastcifar.neuron_backward(*sequences, *parameters, *arguments[12:])
+    counts = [p.numel() for i, p in enumerate(parameters) if wanted >> i & 1]
+    flat = torch.cat([part.view(size, -1) for part in flat.split(counts)], 1) if counts else flat
+    return (*grads, flat), (1, None if v is None else 0, None if w is None else 0, 0 if counts else None)
 
 
 _define()
 for _op, _fake, _vmap in (
-    ("lif_forward", _lif_forward_fake, _lif_forward_vmap),
-    ("lif_backward", _lif_backward_fake, _lif_backward_vmap),
+    ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap),
+    ("neuron_backward", _neuron_backward_fake, _neuron_backward_vmap),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
     torch.library.register_vmap(f"{NAMESPACE}::{_op}", _vmap, lib=_keep[0])
@@ -217,4 +253,4 @@ for _op, _fake, _vmap in (
         OWNERS[_op, "cpu"] = "C++, csrc/cpu/spiking.inl"
 
 if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
-    _triton("spiking", "lif_forward", "lif_backward")
+    _triton("spiking", "neuron_forward", "neuron_backward")

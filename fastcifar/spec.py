@@ -35,20 +35,25 @@ class OpSpec:
     Attributes:
         name, family: ``fastcifar.<family>.functional.<name>``.
         function, reference: the function and its plain PyTorch twin, of one signature, returning a tuple.
-        sample: ``(size, dtype, device, seed)`` to tensor arguments by name; sizes are ``"empty"``, ``"one"``,
-            ``"prime"`` and ``"large"``.
-        options: combinations of the other arguments, so chosen that every value of each occurs.
+        sample: ``(size, dtype, device, seed)`` to tensor arguments by name, the first one always among them; sizes are
+            ``"empty"``, ``"one"``, ``"prime"`` and ``"large"``.
+        options: combinations of the other arguments, so chosen that every value of each occurs. An option of a
+            sampled argument's name takes its place (a number or None instead of a tensor).
         differentiable: tensor arguments that take a gradient.
         exact: indices of the outputs that equal the reference's to the bit in every dtype; others are held to the error
             bound of :func:`compare`.
-        comparable: given the outputs of the float64 truth and of the reference in the tested dtype, the elements of
-            each argument whose gradients may be compared (where a rounding decides an output, as with a threshold, the
-            two follow different paths), or None for all.
+        comparable: given the outputs of the float64 truth and of the reference in the tested dtype, the elements (of
+            one step, where the first argument has steps) whose gradients may be compared, or None for all: where a
+            rounding decides an output, as with a threshold, the two follow different paths. The gradient of an argument
+            that broadcasts is compared where all elements that share it are comparable.
+        sure: where the first output is not in ``exact``: the elements of it that no rounding may change, given inputs
+            and options. They are compared to the bit, and the outputs that are not exact where all steps are sure.
         raw_ops: names in ``torch.ops.fastcifar``.
-        raw_calls: ``(inputs, options)`` to the arguments of each raw op, for torch.library.opcheck.
         module: makes a module of the op, for round trips; its ``forward`` takes the first argument of ``sample``.
         bad_inputs: calls that must be refused.
         dtypes: dtypes of the inputs.
+        layouts: names of conformance.LAYOUTS that every dtype is run in, where the kernel shares its walk over memory
+            with that of another op, which is run in all; None for all.
     """
 
     name: str
@@ -60,11 +65,16 @@ class OpSpec:
     differentiable: tuple[str, ...]
     exact: tuple[int, ...]
     raw_ops: tuple[str, ...]
-    raw_calls: Callable[[Inputs, dict[str, Any]], dict[str, tuple[Any, ...]]]
     module: Callable[[], nn.Module]
-    comparable: Callable[[Outputs, Outputs], dict[str, Tensor]] | None = None
+    comparable: Callable[[Outputs, Outputs], Tensor] | None = None
+    sure: Callable[[Inputs, dict[str, Any]], Tensor] | None = None
     bad_inputs: tuple[BadInput, ...] = ()
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
+    layouts: tuple[str, ...] | None = None
+
+    def gradients(self, inputs: Inputs, options: dict[str, Any]) -> tuple[str, ...]:
+        """The arguments that take a gradient in a call with these options."""
+        return tuple(name for name in self.differentiable if name in inputs and name not in options)
 
 
 def all_specs() -> list[OpSpec]:
@@ -82,24 +92,27 @@ def run(
 ) -> tuple[Outputs, dict[str, Tensor], list[Tensor]]:
     """Outputs, gradients by argument name, and the cotangents used (made here where none are given).
 
-    With ``dtype``, inputs and cotangents are converted first (the float64 truth of a float32 case).
+    Inputs that ``options`` replaces are left out. With ``dtype``, inputs and cotangents are converted first (the
+    float64 truth of a float32 case).
     """
 
     def leaf(name: str, t: Tensor) -> Tensor:
         t = t.detach() if dtype is None else t.detach().to(dtype)
         return t.requires_grad_(name in gradients)
 
-    leaves = {name: leaf(name, t) for name, t in inputs.items()}
+    leaves = {name: leaf(name, t) for name, t in inputs.items() if name not in options}
     outputs = function(**leaves, **options)
-    reached = [o for o in outputs if o is not None and o.requires_grad]
     if cotangents is None:
         generator = torch.Generator(device="cpu").manual_seed(1)
-        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in reached]
+        like = [leaves[next(iter(leaves))] if o is None else o for o in outputs]
+        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in like]
+    # An output that does not depend on what takes a gradient may require one in one implementation and not in another.
+    pairs = [(o, c.to(o.dtype)) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     found: dict[str, Tensor] = {}
-    if reached and gradients:
-        given = [c.to(o.dtype) for c, o in zip(cotangents, reached, strict=True)]
+    if pairs and gradients:
         wanted = [leaves[name] for name in gradients]
-        found = dict(zip(gradients, torch.autograd.grad(reached, wanted, given), strict=True))
+        reached, given = zip(*pairs, strict=True)
+        found = dict(zip(gradients, torch.autograd.grad(reached, wanted, given, materialize_grads=True), strict=True))
     return tuple(o if o is None else o.detach() for o in outputs), found, cotangents
 
 
@@ -116,10 +129,10 @@ def _worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, mask: Tensor |
     if ours.shape != truth.shape or ours.dtype != eager.dtype:
         return f"expected {tuple(truth.shape)} {eager.dtype}, got {tuple(ours.shape)} {ours.dtype}"
     truth = truth.double()
-    keep = torch.ones_like(truth, dtype=torch.bool) if mask is None else mask.expand(truth.shape)
-    keep = keep & truth.isfinite() & eager.isfinite()
-    if bool((ours.isfinite() != eager.isfinite()).any()):
+    keep = torch.ones_like(truth, dtype=torch.bool) if mask is None else mask
+    if bool((ours.isfinite() != eager.isfinite())[keep].any()):
         return "infinities or NaNs where the reference has none, or the reverse"
+    keep = keep & truth.isfinite() & eager.isfinite()
     if not bool(keep.any()):
         return None
     error, eager_error = ((t.double() - truth)[keep].abs().max().item() for t in (ours, eager))
@@ -131,26 +144,69 @@ def _worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, mask: Tensor |
     )
 
 
-def compare(
-    spec: OpSpec, inputs: Inputs, options: dict[str, Any], gradients: tuple[str, ...] | None = None
-) -> list[str]:
-    """What is wrong with the op on these inputs, outputs and gradients; an empty list where nothing is."""
-    gradients = tuple(n for n in spec.differentiable if n in inputs) if gradients is None else gradients
+def _fit(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """A mask of ``[N...]`` for ``shape``: ``[T, N...]``, or one that broadcasts against ``[N...]``, where an element is
+    kept if all that share it are."""
+    if mask is None or len(shape) > mask.dim():
+        return mask if mask is None else mask.expand(shape)
+    mask = mask.flatten(0, mask.dim() - len(shape) - 1).all(0) if len(shape) < mask.dim() else mask
+    for d, size in enumerate(shape):
+        if size == 1:
+            mask = mask.all(d, keepdim=True)
+    return mask
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the reference says of a case: outputs and gradients in float64 and in the dtype of the case."""
+
+    truth: Outputs
+    eager: Outputs
+    truth_grads: dict[str, Tensor]
+    eager_grads: dict[str, Tensor]
+    cotangents: list[Tensor]
+    sure: Tensor | None
+    mask: Tensor | None  # what may be compared, [N...]
+
+
+def expect(spec: OpSpec, inputs: Inputs, options: dict[str, Any], gradients: tuple[str, ...] | None = None) -> Expected:
+    """Runs the reference on these inputs."""
+    gradients = spec.gradients(inputs, options) if gradients is None else gradients
     truth, truth_grads, cotangents = run(spec.reference, inputs, options, gradients, dtype=torch.float64)
     eager, eager_grads, _ = run(spec.reference, inputs, options, gradients, cotangents)
-    ours, our_grads, _ = run(spec.function, inputs, options, gradients, cotangents)
+    mask = spec.comparable(truth, eager) if spec.comparable else None
+    sure = spec.sure(inputs, options) if spec.sure else None
+    if sure is not None:
+        mask = sure.all(0) if mask is None else mask & sure.all(0)
+    return Expected(truth, eager, truth_grads, eager_grads, cotangents, sure, mask)
+
+
+def compare(
+    spec: OpSpec,
+    inputs: Inputs,
+    options: dict[str, Any],
+    gradients: tuple[str, ...] | None = None,
+    expected: Expected | None = None,
+) -> list[str]:
+    """What is wrong with the op on these inputs, outputs and gradients; an empty list where nothing is."""
+    gradients = spec.gradients(inputs, options) if gradients is None else gradients
+    want = expect(spec, inputs, options, gradients) if expected is None else expected
+    ours, our_grads, _ = run(spec.function, inputs, options, gradients, want.cotangents)
 
     problems = []
-    for i, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
+    for i, (o, e, t) in enumerate(zip(ours, want.eager, want.truth, strict=True)):
         if o is None or e is None or t is None:
             problem = None if o is None and e is None else "expected None in both or in neither"
         elif i in spec.exact:
             problem = None if identical(o, e) else "not equal to the bit"
+        elif i == 0 and want.sure is not None:
+            same = identical(o.where(want.sure, 0), e.where(want.sure, 0))
+            problem = None if same else "not equal to the bit where no rounding decides"
         else:
-            problem = _worse_than_eager(o, e, t, None)
+            problem = _worse_than_eager(o, e, t, _fit(want.mask, o.shape))
         problems += [f"output {i}: {problem}"] if problem else []
-    masks = spec.comparable(truth, eager) if spec.comparable else {}
     for name in gradients:
-        problem = _worse_than_eager(our_grads[name], eager_grads[name], truth_grads[name], masks.get(name))
+        o, e, t = our_grads[name], want.eager_grads[name], want.truth_grads[name]
+        problem = _worse_than_eager(o, e, t, _fit(want.mask, o.shape))
         problems += [f"gradient to {name}: {problem}"] if problem else []
     return [f"{p} with {options}" for p in problems]

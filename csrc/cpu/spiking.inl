@@ -1,218 +1,366 @@
-// Leaky integrate-and-fire over time, forward and backward; formulas in fastcifar/spiking/reference.py.
+// Spiking neurons over time, forward and backward, for every neuron of neurons.inl.
 //
-// Both passes are bound by memory, so each takes a block of neurons through all T steps while the membranes stay in the
+// Both passes are bound by memory, so each takes a block of neurons through all T steps while their state stays in the
 // first-level cache. Per neuron and step the forward reads x and writes a spike (8 bytes in float32); the backward
 // reads x and the spikes' gradient and writes x's gradient (12 bytes): it computes the membranes again from x instead
-// of reading them, which costs about 8 operations and saves 4 bytes written and 4 read.
+// of reading them, which costs a few operations and saves 4 bytes written and 4 read.
 //
 // Every operation is the reference's, in its order and without fused multiply-add, so that membranes and spikes are
 // equal to it to the bit on every instruction set.
 #pragma once
+#include "neurons.inl"
+#include "rows.inl"
 #include "spiking.h"
+#include "surrogates.inl"
 #include "vec.h"
 
 namespace fastcifar::FASTCIFAR_ISA {
 
+// The part of the problem that one block sees, and its rows in the thread's scratch memory.
 template <class A>
-struct LifConstants {
-  A tau, reciprocal_tau, threshold, reset, rest;
-  bool decay_input, exact_reciprocal;
-  A alpha, atan_slope, atan_height, alpha_squared, half_width;
+struct Block {
+  const NeuronProblem& p;
+  const ScratchPlan plan;
+  char* scratch;
+  int64_t index, panel, offset, neurons, padded;  // neurons, and these rounded up to whole registers
+  Constants<A> c;
+  const ReadRow<A> read;
 
-  explicit LifConstants(const LifProblem& p)
-      : tau(A(p.tau)),
-        reciprocal_tau(A(1) / tau),
-        threshold(A(p.v_threshold)),
-        reset(A(p.v_reset)),
-        rest(p.hard_reset ? A(p.v_reset) : A(0)),
-        decay_input(p.decay_input),
-        exact_reciprocal(is_power_of_two(tau)),
-        alpha(A(p.alpha)),
-        atan_slope(A(1.5707963267948966 * p.alpha)),
-        atan_height(A(p.alpha / 2)),
-        alpha_squared(A(p.alpha * p.alpha)),
-        half_width(A(p.surrogate == kRectangular ? 0.5 / p.alpha : 1 / p.alpha)) {}
-
-  // Dividing by a power of two is multiplying by its reciprocal, to the bit; any other tau takes the slow division.
-  static bool is_power_of_two(A tau) {
-    int exponent;
-    const A mantissa = __builtin_frexp(tau, &exponent);
-    return mantissa == A(0.5) && exponent > -60 && exponent < 60;
+  Block(const NeuronProblem& problem, bool backward, void* memory, const A* numbers)
+      : p(problem),
+        plan(problem, backward, sizeof(A)),
+        scratch((char*)memory),
+        read(RowTables<A>::read[problem.storage]) {
+    Values<A>* const values[kParameters] = {&c.leak, &c.threshold, &c.gain, &c.scale, &c.shift};
+    for (int i = 0; i < kParameters; ++i)
+      *values[i] =
+          p.parameters[i].data ? Values<A>{row(plan.parameters[i]), -1} : Values<A>{numbers + i * kLanes<A>, 0};
+    c.reset = A(p.v_reset);
+    c.rest = p.hard_reset ? A(p.v_reset) : A(0);
+    for (int i = 0; i < 6; ++i) c.c[i] = A(p.constants[i]);
   }
-  FC_INLINE_MEMBER V<A> over_tau(V<A> x) const { return exact_reciprocal ? x * reciprocal_tau : x / tau; }
-  FC_INLINE_MEMBER V<A> charge(V<A> x, V<A> v) const {
-    return decay_input ? v + over_tau(x - (v - rest)) : v - over_tau(v - rest) + x;
-  }
-  template <bool kHard>
-  FC_INLINE_MEMBER V<A> after_reset(V<A> h, V<A> s) const {
-    if constexpr (kHard) return s * reset + (A(1) - s) * h;
-    return h - s * threshold;
-  }
-};
-
-template <class A>
-FC_INLINE V<A> heaviside(V<A> u) {
-  return select<A>(u >= A(0), splat<A>(1), V<A>{});
-}
-
-template <int kSurrogate, class A>
-FC_INLINE V<A> surrogate_grad(V<A> u, const LifConstants<A>& c) {
-  if constexpr (kSurrogate == kATan) {
-    const V<A> slope = c.atan_slope * u;
-    return c.atan_height / (A(1) + slope * slope);
-  } else if constexpr (kSurrogate == kSigmoid) {
-    const V<A> e = exp_nonpositive<A>(-abs<A>(c.alpha * u)), one_e = A(1) + e;
-    return c.alpha * e / (one_e * one_e);
-  } else if constexpr (kSurrogate == kPiecewiseQuadratic) {
-    const V<A> distance = abs<A>(u);
-    return select<A>(distance > c.half_width, V<A>{}, c.alpha - c.alpha_squared * distance);
-  } else {
-    return select<A>(abs<A>(u) < c.half_width, splat<A>(c.alpha), V<A>{});
-  }
-}
-
-// The part of the problem that one block sees.
-template <class S>
-struct LifBlock {
-  using A = compute_t<S>;
-  int64_t neurons, panel, offset;
-
-  LifBlock(const LifProblem& p, int64_t index) {
+  void enter(int64_t block) {
+    index = block;
     panel = index / p.blocks_per_panel();
     offset = (index - panel * p.blocks_per_panel()) * p.block;
     neurons = p.neurons - offset < p.block ? p.neurons - offset : p.block;
+    padded = (neurons + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+    for (int i = 0; i < kParameters; ++i)
+      if (p.parameters[i].data) load_parameter(p.parameters[i], row(plan.parameters[i]));
   }
-  template <class E>
-  E* row(const Sequence& s, int64_t t) const {
-    return s.data ? (E*)s.data + t * s.step + panel * s.panel + offset : nullptr;
+  int64_t first() const { return panel * p.neurons + offset; }  // of the block's neurons, over all panels
+  void load_parameter(const Parameter& parameter, A* to) const {
+    const A* from = (const A*)parameter.data;
+    int64_t entry = first() / parameter.inner % parameter.period;
+    for (int64_t i = 0, left = parameter.inner - first() % parameter.inner; i < neurons; left = parameter.inner) {
+      const int64_t end = neurons - i < left ? neurons : i + left;
+      for (; i < end; ++i) to[i] = from[entry];
+      if (++entry == parameter.period) entry = 0;
+    }
   }
-  template <class P>
-  A* state(const LifProblem& p, P* data) const {
-    return data ? (A*)data + panel * p.neurons + offset : nullptr;
+  A* row(int64_t at, int64_t t = 0) const { return (A*)(scratch + at) + t * p.block; }
+
+  int64_t place(const Sequence& s, int64_t t) const { return t * s.step + panel * s.panel + offset * s.neuron; }
+  char* memory(const Sequence& s, int64_t t, int64_t item) const { return (char*)s.data + place(s, t) * item; }
+  int64_t item() const { return p.storage == kFloat64 ? 8 : p.storage == kFloat32 ? 4 : 2; }
+  bool in_place(const Sequence& s) const { return s.neuron == 1 && padded == neurons; }
+
+  // Step t of a sequence of the storage type as a row, read through `staged` where it cannot be read where it lies.
+  const A* input(const Sequence& s, int64_t t, int64_t staged) const {
+    if (in_place(s) && item() == sizeof(A)) return (const A*)memory(s, t, sizeof(A));
+    read(memory(s, t, item()), s.neuron, row(staged), neurons);
+    return row(staged);
   }
-  void load_state(const LifProblem& p, const void* from, A otherwise, A* to) const {
-    const A* source = state(p, from);
-    for (int64_t i = 0; i < neurons; ++i) to[i] = source ? source[i] : otherwise;
+  const A* current(int64_t t) const {
+    const A* x = input(p.x, t, plan.x);
+    if (!p.affine) return x;
+    A* to = row(plan.x);
+    for (int64_t i = 0; i < padded; i += kLanes<A>)
+      store(to + i, load(x + i, Full{}) * c.scale[i] + c.shift[i], Full{});
+    return to;
   }
-  void store_state(const LifProblem& p, const A* from, void* to) const {
-    if (A* target = state(p, to)) memcpy(target, from, sizeof(A) * neurons);
+  // The same of the compute type; null where there is no such sequence.
+  const A* state_input(const Sequence& s, int64_t t, int64_t staged) const {
+    if (s.data == nullptr) return nullptr;
+    if (in_place(s)) return (const A*)memory(s, t, sizeof(A));
+    read_row<A, A>(memory(s, t, sizeof(A)), s.neuron, row(staged), neurons);
+    return row(staged);
+  }
+  // Where a step's results go, and, if that is not their place, on their way there.
+  A* output(const Sequence& s, int64_t t, int64_t staged) const {
+    const bool place_is_output = in_place(s) && item() == sizeof(A) && p.spike_format == kSpikesLikeX;
+    return place_is_output ? (A*)memory(s, t, sizeof(A)) : row(staged);
+  }
+  void deliver(const A* from, const Sequence& s, int64_t t, int64_t staged, WriteRow<A> write) const {
+    if (from == row(staged)) write(from, memory(s, t, item()), s.neuron, neurons, p.stream);
+  }
+  A* state_output(const Sequence& s, int64_t t, int64_t staged) const {
+    if (s.data == nullptr) return nullptr;
+    return in_place(s) ? (A*)memory(s, t, sizeof(A)) : row(staged);
+  }
+  void deliver_state(const A* from, const Sequence& s, int64_t t, int64_t staged) const {
+    if (from && from == row(staged)) write_row<A, A>(from, memory(s, t, sizeof(A)), s.neuron, neurons, p.stream);
+  }
+  void deliver_packed(A* spikes, int64_t t) const {
+    if (p.spike_format == kSpikeBytes)
+      return write_bytes<A>(spikes, (uint8_t*)memory(p.spikes, t, 1), p.spikes.neuron, neurons);
+    uint8_t* bytes = (uint8_t*)spikes;  // in place: a spike's byte lies below the spike
+    write_bytes<A>(spikes, bytes, 1, neurons);
+    write_bits(bytes, (uint8_t*)p.spikes.data + t * p.spikes.step + first() / 8, neurons);
+  }
+
+  void load_state(const void* from, double otherwise, A* to) const {
+    const A* source = from ? (const A*)from + first() : nullptr;
+    for (int64_t i = 0; i < neurons; ++i) to[i] = source ? source[i] : A(otherwise);
+  }
+  void store_state(const A* from, void* to) const {
+    if (to) memcpy((A*)to + first(), from, sizeof(A) * neurons);
   }
 };
 
-template <class S, bool kHard>
-void lif_forward_row(const S* x, compute_t<S>* v, S* spikes, compute_t<S>* v_seq, int64_t n, bool stream,
-                     const LifConstants<compute_t<S>>& c) {
-  using A = compute_t<S>;
-  for_each_vector<A>(n, [&](int64_t i, auto width) {
+// A register of copies of each parameter that is one number.
+template <class A>
+struct Numbers {
+  alignas(64) A at[kParameters * kLanes<A>];
+  explicit Numbers(const NeuronProblem& p) {
+    for (int i = 0; i < kParameters * kLanes<A>; ++i) at[i] = A(p.parameters[i / kLanes<A>].number);
+  }
+};
+
+// A row of n neurons, n a multiple of the lanes, through one step.
+template <class M, bool kHard, class A>
+void forward_row(const A* x, A* v, A* w, A* spikes, A* v_seq, int64_t n, bool stream, bool stream_v,
+                 const Constants<A>& c) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
     prefetch_next_page(x + i);
-    const V<A> h = c.charge(load(x + i, width), load(v + i, Full{}));
-    const I<A> fires = h - c.threshold >= A(0);
-    const V<A> s = select<A>(fires, splat<A>(1), V<A>{});
-    const V<A> v_next = c.template after_reset<kHard>(h, s);
+    const V<A> w_before = M::kSecond ? load(w + i, Full{}) : V<A>{};
+    V<A> w_next = w_before;
+    const V<A> h = M::template charge<A>(c, i, load(x + i, Full{}), load(v + i, Full{}), w_next);
+    const V<A> s = M::template fire<M, A>(c, i, h, w_before);
+    const V<A> v_next = M::template after<kHard, A>(c, i, h, s);
     store(v + i, v_next, Full{});
-    if constexpr (sizeof(S) < sizeof(A))
-      store_mask(spikes + i, fires, width, stream);
-    else
-      store(spikes + i, s, width, stream);
-    if (v_seq) store(v_seq + i, v_next, width, stream);
-  });
+    if constexpr (M::kSecond) store(w + i, M::template second<A>(c, w_next, s), Full{});
+    store(spikes + i, M::template output<A>(c, i, s), Full{}, stream);
+    if (v_seq) store(v_seq + i, v_next, Full{}, stream_v);
+  }
 }
 
-template <class S, bool kHard>
-void lif_forward_blocks(const LifProblem& p, int64_t begin, int64_t end, void* scratch) {
-  using A = compute_t<S>;
-  const LifConstants<A> c(p);
-  A* v = (A*)scratch;
+template <class M, bool kHard, class A>
+void forward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* scratch) {
+  const Numbers<A> numbers(p);
+  Block<A> b(p, false, scratch, numbers.at);
+  const WriteRow<A> write = (M::kBinary ? RowTables<A>::write_binary : RowTables<A>::write)[p.storage];
+  A *v = b.row(b.plan.v), *w = b.row(b.plan.w);
   for (int64_t index = begin; index < end; ++index) {
-    const LifBlock<S> block(p, index);
-    block.load_state(p, p.v, c.rest, v);
-    for (int64_t t = 0; t < p.steps; ++t)
-      lif_forward_row<S, kHard>(block.template row<const S>(p.x, t), v, block.template row<S>(p.spikes, t),
-                                block.template row<A>(p.v_seq, t), block.neurons, p.stream, c);
-    block.store_state(p, v, p.v_last);
+    b.enter(index);
+    b.load_state(p.v, p.v_rest, v);
+    if constexpr (M::kSecond) b.load_state(p.w, p.w_rest, w);
+    for (int64_t t = 0; t < p.steps; ++t) {
+      A *spikes = b.output(p.spikes, t, b.plan.out), *v_seq = b.state_output(p.v_seq, t, b.plan.v_seq);
+      forward_row<M, kHard, A>(b.current(t), v, w, spikes, v_seq, b.padded, p.stream && spikes != b.row(b.plan.out),
+                               p.stream && v_seq != b.row(b.plan.v_seq), b.c);
+      if (p.spike_format == kSpikesLikeX)
+        b.deliver(spikes, p.spikes, t, b.plan.out, write);
+      else
+        b.deliver_packed(spikes, t);
+      b.deliver_state(v_seq, p.v_seq, t, b.plan.v_seq);
+    }
+    b.store_state(v, p.v_last);
+    if constexpr (M::kSecond) b.store_state(w, p.w_last);
   }
   stream_fence();
 }
 
-// Forward again, keeping the charged membranes h[t] of the block instead of the spikes.
-template <class S, bool kHard>
-void lif_recompute_row(const S* x, compute_t<S>* v, compute_t<S>* charged, int64_t n,
-                       const LifConstants<compute_t<S>>& c) {
-  using A = compute_t<S>;
-  for_each_vector<A>(n, [&](int64_t i, auto width) {
+// Forward again, keeping what backward asks for instead of the spikes; previous may be null.
+template <class M, bool kHard, class A>
+void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_w, A* potential, int64_t n,
+                   const Constants<A>& c) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
     prefetch_next_page(x + i);
-    const V<A> h = c.charge(load(x + i, width), load(v + i, Full{}));
+    const V<A> v_before = load(v + i, Full{}), w_before = M::kSecond ? load(w + i, Full{}) : V<A>{};
+    V<A> w_next = w_before;
+    const V<A> h = M::template charge<A>(c, i, load(x + i, Full{}), v_before, w_next);
+    const V<A> s = M::template fire<M, A>(c, i, h, w_before);
     store(charged + i, h, Full{});
-    store(v + i, c.template after_reset<kHard>(h, heaviside<A>(h - c.threshold)), Full{});
-  });
+    if (previous) store(previous + i, v_before, Full{});
+    if constexpr (M::kOwnPotential) store(potential + i, h - M::template fires_at<A>(c, i, w_before), Full{});
+    store(v + i, M::template after<kHard, A>(c, i, h, s), Full{});
+    if constexpr (M::kSecond) {
+      store(previous_w + i, w_before, Full{});
+      store(w + i, M::template second<A>(c, w_next, s), Full{});
+    }
+  }
 }
 
-// One step of backpropagation through time; `carry` is dL/dV[t] on entry and dL/dV[t-1] on return.
-template <class S, bool kHard, bool kDetach, int kSurrogate>
-void lif_backward_row(const S* grad_spikes, const compute_t<S>* charged, const compute_t<S>* grad_v_seq,
-                      compute_t<S>* carry, S* grad_x, int64_t n, bool stream, const LifConstants<compute_t<S>>& c) {
-  using A = compute_t<S>;
-  for_each_vector<A>(n, [&](int64_t i, auto width) {
-    const V<A> h = load(charged + i, Full{}), u = h - c.threshold, s = heaviside<A>(u);
-    V<A> grad_v = load(carry + i, Full{});
-    if (grad_v_seq) grad_v = grad_v + load(grad_v_seq + i, width);
-    prefetch_next_page(grad_spikes + i);
-    V<A> grad_s = load(grad_spikes + i, width);
-    if constexpr (!kDetach) grad_s = grad_s + (kHard ? grad_v * (c.reset - h) : -(grad_v * c.threshold));
-    const V<A> grad_h = grad_s * surrogate_grad<kSurrogate, A>(u, c) + (kHard ? grad_v * (A(1) - s) : grad_v);
-    const V<A> leaked = c.over_tau(grad_h);
-    store(grad_x + i, c.decay_input ? leaked : grad_h, width, stream);
-    store(carry + i, grad_h - leaked, Full{});
-  });
+FC_INLINE void add_to(double* sums, V<double> term) { store(sums, load(sums, Full{}) + term, Full{}); }
+FC_INLINE void add_to(double* sums, V<float> term) {  // each float in double, so that a sum over time does not round
+  struct {
+    HalfFloat low, high;
+  } halves;
+  memcpy(&halves, &term, sizeof term);
+  add_to(sums, __builtin_convertvector(halves.low, V<double>));
+  add_to(sums + kLanes<double>, __builtin_convertvector(halves.high, V<double>));
 }
 
-template <class S, bool kHard, bool kDetach, int kSurrogate>
-void lif_backward_blocks(const LifProblem& p, int64_t begin, int64_t end, void* scratch) {
-  using A = compute_t<S>;
-  const LifConstants<A> c(p);
-  A *carry = (A*)scratch, *charged = carry + p.block;
+// The rows of one step of backpropagation through time.
+template <class A>
+struct BackwardRows {
+  const A *grad_spikes, *x, *current;  // the input, and what the neuron charges with: scale x + shift
+  const A *grad_v_seq, *charged, *previous, *previous_w, *slope, *other_slope;
+  A *carry, *carry_w;  // dL/dV and dL/dW: after the step on entry, before it on return
+  A* grad_x;
+  double* sums[kParameters];  // null where the gradient is not wanted
+};
+
+template <class M, bool kHard, bool kWanted, class A>
+void backward_row(const BackwardRows<A>& r, int64_t n, bool stream, bool affine, bool detach, const Constants<A>& c) {
+  const I<A> through_reset = I<A>{} - (detach ? 0 : 1);
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    Before<A> before;
+    before.h = load(r.charged + i, Full{});
+    if (M::kCurved || kWanted) before.v = load(r.previous + i, Full{});
+    if (M::kSecond) before.w = load(r.previous_w + i, Full{});
+    if (kWanted) before.x = load(r.current + i, Full{});
+
+    Gradient<A> g{};
+    g.v = load(r.carry + i, Full{});
+    if (r.grad_v_seq) g.v = g.v + load(r.grad_v_seq + i, Full{});
+    if (M::kSecond) g.w = load(r.carry_w + i, Full{});
+    prefetch_next_page(r.grad_spikes + i);
+    const V<A> slope = M::kSloped ? load(r.slope + i, Full{}) : V<A>{};
+    const V<A> other = M::kTwoSlopes ? load(r.other_slope + i, Full{}) : V<A>{};
+    M::template fire_backward<M, kHard, A>(c, i, before, through_reset, load(r.grad_spikes + i, Full{}), slope, other,
+                                           g);
+    M::template charge_backward<A>(c, i, before, g);
+    if constexpr (kWanted) {
+      if (r.sums[kLeak]) add_to(r.sums[kLeak] + i, g.leak);
+      if (r.sums[kThreshold]) add_to(r.sums[kThreshold] + i, g.threshold);
+      if (r.sums[kGain]) add_to(r.sums[kGain] + i, g.gain);
+      if (r.sums[kScale]) add_to(r.sums[kScale] + i, g.x * load(r.x + i, Full{}));
+      if (r.sums[kShift]) add_to(r.sums[kShift] + i, g.x);
+    }
+    if (affine) g.x = g.x * c.scale[i];
+    store(r.grad_x + i, g.x, Full{}, stream);
+    store(r.carry + i, g.v, Full{});
+    if (M::kSecond) store(r.carry_w + i, g.w, Full{});
+  }
+}
+
+// The block's sums for each value of a parameter, in the order of the neurons.
+static void reduce_sums(const Parameter& parameter, const double* sums, int64_t index, int64_t first, int64_t neurons) {
+  double* out = parameter.partial + index * parameter.runs;
+  if (parameter.period == 1) {
+    double total = 0;
+    for (int64_t i = 0; i < neurons; ++i) total += sums[i];
+    out[0] = total;
+    return;
+  }
+  for (int64_t i = 0, left = parameter.inner - first % parameter.inner; i < neurons; left = parameter.inner) {
+    const int64_t end = neurons - i < left ? neurons : i + left;
+    double total = 0;
+    for (; i < end; ++i) total += sums[i];
+    *out++ = total;
+  }
+}
+
+template <class M, bool kHard, bool kWanted, class A>
+void backward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* scratch) {
+  const Numbers<A> numbers(p);
+  Block<A> b(p, true, scratch, numbers.at);
+  const WriteRow<A> write = RowTables<A>::write[p.storage];
+  const SurrogateRow<A> surrogate = surrogate_for<A>(p.surrogate);
+  alignas(64) A zeros[kLanes<A>] = {}, ones[kLanes<A>];
+  for (A& one : ones) one = 1;
+  A *slope = b.row(b.plan.slope), *other = b.row(b.plan.other_slope);
+  BackwardRows<A> r;
+  r.slope = slope;
+  r.other_slope = other;
+  A *v = r.carry = b.row(b.plan.v), *w = r.carry_w = b.row(b.plan.w);
+  for (int i = 0; i < kParameters; ++i)
+    r.sums[i] = p.parameters[i].partial ? (double*)(b.scratch + b.plan.sums[i]) : nullptr;
+
   for (int64_t index = begin; index < end; ++index) {
-    const LifBlock<S> block(p, index);
-    block.load_state(p, p.v, c.rest, carry);  // first the membrane of the recomputation, then the gradient's carry
+    b.enter(index);
+    b.load_state(p.v, p.v_rest, v);
+    if constexpr (M::kSecond) b.load_state(p.w, p.w_rest, w);
     for (int64_t t = 0; t < p.steps; ++t)
-      lif_recompute_row<S, kHard>(block.template row<const S>(p.x, t), carry, charged + t * p.block, block.neurons, c);
-    block.load_state(p, p.grad_v_last, A(0), carry);
-    for (int64_t t = p.steps - 1; t >= 0; --t)
-      lif_backward_row<S, kHard, kDetach, kSurrogate>(block.template row<const S>(p.grad_spikes, t),
-                                                      charged + t * p.block,
-                                                      block.template row<const A>(p.grad_v_seq, t), carry,
-                                                      block.template row<S>(p.grad_x, t), block.neurons, p.stream, c);
-    block.store_state(p, carry, p.grad_v);
+      recompute_row<M, kHard, A>(b.current(t), v, w, b.row(b.plan.charged, t),
+                                 M::kCurved || kWanted ? b.row(b.plan.previous, t) : nullptr,
+                                 b.row(b.plan.previous_w, t), b.row(b.plan.potential, t), b.padded, b.c);
+    b.load_state(p.grad_v_last, 0, v);
+    if constexpr (M::kSecond) b.load_state(p.grad_w_last, 0, w);
+    for (double* sums : r.sums)
+      if (sums) memset(sums, 0, sizeof(double) * p.block);
+    for (int64_t t = p.steps - 1; t >= 0; --t) {
+      r.grad_spikes = b.input(p.grad_spikes, t, b.plan.grad_spikes);
+      r.grad_v_seq = b.state_input(p.grad_v_seq, t, b.plan.grad_v_seq);
+      r.charged = b.row(b.plan.charged, t);
+      r.previous = b.row(b.plan.previous, t);
+      r.previous_w = b.row(b.plan.previous_w, t);
+      r.grad_x = b.output(p.grad_x, t, b.plan.out);
+      if constexpr (kWanted) {
+        r.current = b.current(t);
+        r.x = p.affine ? b.input(p.x, t, b.plan.raw_x) : r.current;
+      }
+      if constexpr (M::kTwoSlopes) {
+        surrogate(r.charged, ones, 0, slope, b.neurons, p.widths);
+        for (int64_t i = 0; i < b.neurons; ++i) other[i] = -r.charged[i];
+        surrogate(other, zeros, 0, other, b.neurons, p.widths);
+      } else if constexpr (M::kOwnPotential) {
+        surrogate(b.row(b.plan.potential, t), zeros, 0, slope, b.neurons, p.widths);
+      } else if constexpr (M::kSloped) {
+        surrogate(r.charged, b.c.threshold.at, b.c.threshold.mask, slope, b.neurons, p.widths);
+      }
+      backward_row<M, kHard, kWanted, A>(r, b.padded, p.stream && r.grad_x != b.row(b.plan.out), p.affine,
+                                         p.detach_reset, b.c);
+      b.deliver(r.grad_x, p.grad_x, t, b.plan.out, write);
+    }
+    b.store_state(v, p.grad_v);
+    if constexpr (M::kSecond) b.store_state(w, p.grad_w);
+    for (int i = 0; i < kParameters; ++i)
+      if (r.sums[i]) reduce_sums(p.parameters[i], r.sums[i], index, b.first(), b.neurons);
   }
   stream_fence();
 }
 
-template <class S>
-void lif_forward(const LifProblem& p, int64_t begin, int64_t end, void* scratch) {
-  (p.hard_reset ? lif_forward_blocks<S, true> : lif_forward_blocks<S, false>)(p, begin, end, scratch);
+template <int kNeuron, class A>
+void neuron_forward(const NeuronProblem& p, int64_t begin, int64_t end, void* scratch) {
+  using M = typename NeuronOf<kNeuron>::type;
+  if constexpr (!soft_reset_only(kNeuron))
+    if (p.hard_reset) return forward_blocks<M, true, A>(p, begin, end, scratch);
+  forward_blocks<M, false, A>(p, begin, end, scratch);
 }
 
-template <class S, int kSurrogate>
-LifKernel lif_backward_for(const LifProblem& p) {
-  if (p.hard_reset)
-    return p.detach_reset ? lif_backward_blocks<S, true, true, kSurrogate>
-                          : lif_backward_blocks<S, true, false, kSurrogate>;
-  return p.detach_reset ? lif_backward_blocks<S, false, true, kSurrogate>
-                        : lif_backward_blocks<S, false, false, kSurrogate>;
+template <int kNeuron, class A>
+void neuron_backward(const NeuronProblem& p, int64_t begin, int64_t end, void* scratch) {
+  using M = typename NeuronOf<kNeuron>::type;
+  static_assert(M::kSecond == has_second_state(kNeuron) && M::kBinary == binary_spikes(kNeuron) &&
+                M::kCurved == charge_is_curved(kNeuron));  // what spiking.h says of it
+  const bool wanted = p.wants_parameters();
+  if constexpr (!soft_reset_only(kNeuron))
+    if (p.hard_reset)
+      return (wanted ? backward_blocks<M, true, true, A> : backward_blocks<M, true, false, A>)(p, begin, end, scratch);
+  (wanted ? backward_blocks<M, false, true, A> : backward_blocks<M, false, false, A>)(p, begin, end, scratch);
 }
 
-template <class S>
-void lif_backward(const LifProblem& p, int64_t begin, int64_t end, void* scratch) {
-  constexpr LifKernel (*kFor[kSurrogates])(const LifProblem&) = {
-      lif_backward_for<S, kATan>, lif_backward_for<S, kSigmoid>, lif_backward_for<S, kPiecewiseQuadratic>,
-      lif_backward_for<S, kRectangular>};
-  kFor[p.surrogate](p)(p, begin, end, scratch);
+template <class A, int... kIds>
+constexpr void fill(NeuronKernel (&forward)[kNeurons], NeuronKernel (&backward)[kNeurons]) {
+  ((forward[kIds] = neuron_forward<kIds, A>), ...);
+  ((backward[kIds] = neuron_backward<kIds, A>), ...);
+}
+template <class A>
+constexpr void fill_all(NeuronKernel (&forward)[kNeurons], NeuronKernel (&backward)[kNeurons]) {
+  fill<A, kIF, kLIF, kLIFDirect, kLIFTimes, kLIFTimesDirect, kQIF, kEIF, kIzhikevich, kCubaLIF, kKLIF, kKLIFDirect,
+       kILIF, kALIF, kALIFDirect, kSignedIF, kLeakySubtract, kLeakyZero, kLeakyNone>(forward, backward);
+}
+constexpr SpikingKernels make_spiking_kernels() {
+  SpikingKernels kernels = {};
+  fill_all<float>(kernels.forward[0], kernels.backward[0]);
+  fill_all<double>(kernels.forward[1], kernels.backward[1]);
+  return kernels;
 }
 
 extern const SpikingKernels spiking_kernels;
-const SpikingKernels spiking_kernels = {
-    {lif_forward<float>, lif_forward<double>, lif_forward<bfloat16>, lif_forward<float16>},
-    {lif_backward<float>, lif_backward<double>, lif_backward<bfloat16>, lif_backward<float16>},
-};
+constexpr SpikingKernels spiking_kernels = make_spiking_kernels();
 
 }  // namespace fastcifar::FASTCIFAR_ISA

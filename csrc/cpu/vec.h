@@ -192,6 +192,40 @@ FC_INLINE void store_mask(float16* p, I<float> mask, Width w, bool stream) {
   store_raw(p, __builtin_convertvector(mask & 0x3c00, Half16), w, stream);
 }
 
+// Between memory of S and a register of A: as load and store, and also float in memory and double in registers.
+typedef float HalfFloat __attribute__((vector_size(kVectorBytes / 2)));  // as many floats as doubles fit
+template <class A, class S, class Width>
+FC_INLINE V<A> load_as(const S* p, Width w) {
+  if constexpr (sizeof(A) == 8 && sizeof(S) == 4)
+    return __builtin_convertvector(load_raw<HalfFloat>(p, w), V<A>);
+  else
+    return load(p, w);
+}
+template <class S, class Register, class Width>
+FC_INLINE void store_as(S* p, Register x, Width w, bool stream) {
+  if constexpr (sizeof(x[0]) == 8 && sizeof(S) == 4)
+    store_raw(p, __builtin_convertvector(x, HalfFloat), w, stream);
+  else
+    store(p, x, w, stream);
+}
+
+// Whole numbers of 0 to 255, a byte each.
+template <class A>
+FC_INLINE auto to_bytes(V<A> x) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
+  return __builtin_convertvector(__builtin_convertvector(x, I<A>), Bytes);
+}
+template <class A>
+FC_INLINE void store_bytes(uint8_t* p, V<A> x, Full) {
+  const auto bytes = to_bytes<A>(x);
+  memcpy(p, &bytes, sizeof bytes);
+}
+template <class A>
+FC_INLINE void store_bytes(uint8_t* p, V<A> x, Tail tail) {
+  const auto bytes = to_bytes<A>(x);
+  memcpy(p, &bytes, tail.count);
+}
+
 // Asks for what will be read one page further on. A kernel that takes a block of neurons through time reads a row of
 // the block from each step in turn, and the hardware prefetcher, which stops at the end of a page, never gets up to
 // speed on rows of a few kilobytes: without this a backward pass runs at half the bandwidth.
@@ -214,19 +248,21 @@ struct ExpConstants<float> {
   static constexpr float log2e = 0x1.715476p0f, ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
   static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   static constexpr float lowest = -104.0f;   // exp of less is 0
+  static constexpr float highest = 89.0f;    // exp of more is infinite
   static constexpr int mantissa = 23, bias = 127, terms = 7;
 };
 template <>
 struct ExpConstants<double> {
   static constexpr double log2e = 0x1.71547652b82fep0, ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
   static constexpr double round = 0x1.8p52;
-  static constexpr double lowest = -746.0;
+  static constexpr double lowest = -746.0, highest = 710.0;
   static constexpr int mantissa = 52, bias = 1023, terms = 13;
 };
 
 // exp(x) for x <= 0, within 1.5 ulp (subnormal results included; tests/test_host.py asserts it). exp(-inf) = 0 and NaN
 // stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2 (Cody and Waite's two-part ln 2), then the Taylor series of exp(r),
 // whose first dropped term is below half an ulp, then 2^n in two factors so that a subnormal result is rounded once.
+// Also right, to the same bound, up to `highest`.
 template <class A>
 FC_INLINE V<A> exp_nonpositive(V<A> x) {
   using C = ExpConstants<A>;
@@ -248,6 +284,12 @@ FC_INLINE V<A> exp_nonpositive(V<A> x) {
   const V<A> first = (V<A>)((half + Int(C::bias)) << C::mantissa);
   const V<A> second = (V<A>)((exponent - half + Int(C::bias)) << C::mantissa);
   return p * first * second;
+}
+
+// exp(x) within 1.5 ulp; infinite where it overflows, NaN of NaN.
+template <class A>
+FC_INLINE V<A> exp(V<A> x) {
+  return exp_nonpositive<A>(select<A>(x > ExpConstants<A>::highest, splat<A>(ExpConstants<A>::highest), x));
 }
 
 }  // namespace fastcifar::FASTCIFAR_ISA

@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../cpu/dispatch.h"
 
@@ -48,58 +49,59 @@ void* data_of(const Array& a, int64_t elements, int64_t item, const char* name) 
 }
 
 struct Host {
-  LifProblem problem;
-  int dtype;
+  NeuronProblem problem;
   int64_t sequence, state, item, state_item;
 
-  Host(const std::string& name, int64_t steps, int64_t neurons, double tau, bool decay_input, double v_threshold,
+  Host(const std::string& name, int neuron, int64_t steps, int64_t neurons, const std::vector<double>& numbers,
        std::optional<double> v_reset, bool stream)
-      : dtype(index_of(kDTypeNames, name, "dtype")),
-        sequence(steps * neurons),
-        state(neurons),
-        item(kItemSize[dtype]),
-        state_item(dtype == kFloat64 ? 8 : 4) {
+      : sequence(steps * neurons), state(neurons) {
+    if (neuron < 0 || neuron >= kNeurons) throw py::value_error("unknown neuron");
+    if (numbers.size() < 3 || numbers.size() > 9) throw py::value_error("expected 3 to 9 numbers");
+    problem.storage = index_of(kDTypeNames, name, "dtype");
+    item = kItemSize[problem.storage];
+    state_item = problem.storage == kFloat64 ? 8 : 4;
+    problem.neuron = neuron;
     problem.steps = steps;
     problem.panels = 1;
     problem.neurons = neurons;
-    problem.block = lif_block(steps, state_item);
-    problem.tau = tau;
-    problem.decay_input = decay_input;
-    problem.v_threshold = v_threshold;
+    problem.block = neuron_block(steps, state_item);
+    for (size_t i = 0; i < numbers.size(); ++i)
+      (i < 3 ? problem.parameters[i].number : problem.constants[i - 3]) = numbers[i];
     problem.hard_reset = v_reset.has_value();
     problem.v_reset = v_reset.value_or(0);
+    problem.v_rest = neuron == kSignedIF ? 0.5 : problem.v_reset;
     problem.stream = stream;
   }
   Sequence of(const Array& a, const char* name, bool compute_type = false) const {
-    return {data_of(a, sequence, compute_type ? state_item : item, name), problem.neurons, 0};
+    return {data_of(a, sequence, compute_type ? state_item : item, name), problem.neurons, 0, 1};
   }
-  void run(LifKernel kernel, int64_t rows) const {
-    const std::unique_ptr<void, decltype(&std::free)> scratch(
-        std::aligned_alloc(64, (rows * problem.block * state_item + 63) / 64 * 64), &std::free);
-    kernel(problem, 0, problem.blocks(), scratch.get());
+  void run(NeuronKernel const (&kernels)[2][kNeurons], bool backward) const {
+    const ScratchPlan plan(problem, backward, state_item);
+    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, plan.bytes), &std::free);
+    kernels[problem.storage == kFloat64][problem.neuron](problem, 0, problem.blocks(), scratch.get());
   }
 };
 
-void lif_forward(const std::string& isa, const std::string& dtype, int64_t steps, int64_t neurons, py::array x, Array v,
-                 py::array spikes, py::array v_last, Array v_seq, double tau, bool decay_input, double v_threshold,
-                 std::optional<double> v_reset, bool stream) {
-  Host host(dtype, steps, neurons, tau, decay_input, v_threshold, v_reset, stream);
-  LifProblem& p = host.problem;
+void neuron_forward(const std::string& isa, const std::string& dtype, int neuron, int64_t steps, int64_t neurons,
+                    py::array x, Array v, py::array spikes, py::array v_last, Array v_seq,
+                    const std::vector<double>& numbers, std::optional<double> v_reset, bool stream) {
+  Host host(dtype, neuron, steps, neurons, numbers, v_reset, stream);
+  NeuronProblem& p = host.problem;
   p.x = host.of(x, "x");
   p.spikes = host.of(spikes, "spikes");
   p.v_seq = host.of(v_seq, "v_seq", true);
   p.v = data_of(v, host.state, host.state_item, "v");
   p.v_last = data_of(v_last, host.state, host.state_item, "v_last");
-  host.run(spiking_kernels(isa_of(isa)).lif_forward[host.dtype], 1);
+  host.run(spiking_kernels(isa_of(isa)).forward, false);
 }
 
-void lif_backward(const std::string& isa, const std::string& dtype, int64_t steps, int64_t neurons,
-                  py::array grad_spikes, Array grad_v_last, Array grad_v_seq, py::array x, Array v, py::array grad_x,
-                  Array grad_v, double tau, bool decay_input, double v_threshold, std::optional<double> v_reset,
-                  int surrogate, double alpha, bool detach_reset, bool stream) {
-  if (surrogate < 0 || surrogate >= kSurrogates) throw py::value_error("unknown surrogate");
-  Host host(dtype, steps, neurons, tau, decay_input, v_threshold, v_reset, stream);
-  LifProblem& p = host.problem;
+void neuron_backward(const std::string& isa, const std::string& dtype, int neuron, int64_t steps, int64_t neurons,
+                     py::array grad_spikes, Array grad_v_last, Array grad_v_seq, py::array x, Array v, py::array grad_x,
+                     Array grad_v, const std::vector<double>& numbers, std::optional<double> v_reset, int surrogate,
+                     const std::vector<double>& widths, bool detach_reset, bool stream) {
+  if (surrogate < 0 || surrogate >= kSurrogates || widths.size() != 3) throw py::value_error("unknown surrogate");
+  Host host(dtype, neuron, steps, neurons, numbers, v_reset, stream);
+  NeuronProblem& p = host.problem;
   p.x = host.of(x, "x");
   p.grad_spikes = host.of(grad_spikes, "grad_spikes");
   p.grad_v_seq = host.of(grad_v_seq, "grad_v_seq", true);
@@ -108,9 +110,9 @@ void lif_backward(const std::string& isa, const std::string& dtype, int64_t step
   p.grad_v_last = data_of(grad_v_last, host.state, host.state_item, "grad_v_last");
   p.grad_v = data_of(grad_v, host.state, host.state_item, "grad_v");
   p.surrogate = surrogate;
-  p.alpha = alpha;
+  for (int i = 0; i < 3; ++i) p.widths[i] = widths[i];
   p.detach_reset = detach_reset;
-  host.run(spiking_kernels(isa_of(isa)).lif_backward[host.dtype], steps + 1);
+  host.run(spiking_kernels(isa_of(isa)).backward, true);
 }
 
 int64_t peak_flops(const std::string& isa, int64_t iterations) {
@@ -148,13 +150,14 @@ PYBIND11_MODULE(_host, m) {
         return names;
       },
       "Instruction sets that this machine executes, best last.");
-  m.def("lif_forward", &lif_forward, "isa"_a, "dtype"_a, "steps"_a, "neurons"_a, "x"_a, "v"_a, "spikes"_a, "v_last"_a,
-        "v_seq"_a = py::none(), py::kw_only(), "tau"_a = 2.0, "decay_input"_a = true, "v_threshold"_a = 1.0,
-        "v_reset"_a = 0.0, "stream"_a = false);
-  m.def("lif_backward", &lif_backward, "isa"_a, "dtype"_a, "steps"_a, "neurons"_a, "grad_spikes"_a, "grad_v_last"_a,
-        "grad_v_seq"_a, "x"_a, "v"_a, "grad_x"_a, "grad_v"_a, py::kw_only(), "tau"_a = 2.0, "decay_input"_a = true,
-        "v_threshold"_a = 1.0, "v_reset"_a = 0.0, "surrogate"_a = 0, "alpha"_a = 2.0, "detach_reset"_a = false,
-        "stream"_a = false);
+  const std::vector<double> lif{2.0, 1.0, 0.0}, atan{1.0, 3.141592653589793, 0.0};  // tau, threshold; alpha = 2
+  m.def("neuron_forward", &neuron_forward, "isa"_a, "dtype"_a, "neuron"_a, "steps"_a, "neurons"_a, "x"_a, "v"_a,
+        "spikes"_a, "v_last"_a, "v_seq"_a = py::none(), py::kw_only(), "numbers"_a = lif, "v_reset"_a = 0.0,
+        "stream"_a = false,
+        "A neuron (NeuronId in csrc/cpu/spiking.h) over all steps; numbers are leak, threshold, ...");
+  m.def("neuron_backward", &neuron_backward, "isa"_a, "dtype"_a, "neuron"_a, "steps"_a, "neurons"_a, "grad_spikes"_a,
+        "grad_v_last"_a, "grad_v_seq"_a, "x"_a, "v"_a, "grad_x"_a, "grad_v"_a, py::kw_only(), "numbers"_a = lif,
+        "v_reset"_a = 0.0, "surrogate"_a = 0, "widths"_a = atan, "detach_reset"_a = false, "stream"_a = false);
   m.def("peak_flops", &peak_flops, "isa"_a, "iterations"_a,
         "Runs independent float32 multiplications and additions and returns how many operations it did.");
   m.def("exp_nonpositive", &exp_nonpositive, "isa"_a, "dtype"_a, "x"_a, "out"_a);

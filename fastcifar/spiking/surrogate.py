@@ -1,41 +1,49 @@
 """Surrogate gradients: what stands in for the derivative of the Heaviside step.
 
-The forward pass of every spiking neuron is ``s = 1 if h >= v_threshold else 0``; the derivative of that is zero almost
-everywhere, so training replaces it by ``g(u)`` with ``u = h - v_threshold``. Names and default widths are
-SpikingJelly's, so a network trained there trains the same here.
+The forward pass of every spiking neuron is ``s = 1 if u >= 0 else 0`` with ``u = h - v_threshold``; the derivative of
+that is zero almost everywhere, so training replaces it by ``g(u)``. Names, formulas and default widths are
+SpikingJelly's where it has the function (``spikingjelly.activation_based.surrogate``), else snnTorch's. Forms are so
+chosen that no intermediate overflows: far from the threshold ``g`` goes to its limit, not to NaN.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+Numbers = tuple[float, float, float]
+# Below every distance that float32 can hold: `u >= _STRICTLY_ABOVE` is `u > 0`.
+_STRICTLY_ABOVE = 2.0**-149
+
 
 @dataclass(frozen=True)
 class Surrogate:
-    """Base class: a named bell curve ``g(u)`` of width ``1 / alpha``.
-
-    Args:
-        alpha: steepness, a positive finite float (1 / membrane units).
+    """Base class of the surrogates that kernels know: a curve ``g(u)`` of a few numbers.
 
     Raises:
-        ValueError: ``alpha`` is not a positive finite number.
+        ValueError: one of its numbers is not finite, or ``alpha`` (where it has one) is not positive.
     """
 
-    alpha: float = 1.0
-
     name: ClassVar[str]
-    kernel_id: ClassVar[int]  # the number by which the kernels know it (csrc/cpu/spiking.h)
+    kernel_id: ClassVar[int]  # the number by which kernels know the form (SurrogateId in csrc/cpu/spiking.h)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(
-                f"{type(self).__name__}: expected alpha to be a positive finite number, got {self.alpha!r}"
-            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            sign = "positive " if field.name in ("alpha", "slope", "width") else ""
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or not sign)):
+                raise ValueError(
+                    f"{type(self).__name__}: expected {field.name} to be a {sign}finite number, got {value!r}"
+                )
+
+    def numbers(self) -> Numbers:
+        """What the kernel of :attr:`kernel_id` computes with."""
+        raise NotImplementedError
 
     def grad(self, u: Tensor) -> Tensor:
         """``g(u)``, elementwise, in plain PyTorch.
@@ -47,16 +55,23 @@ class Surrogate:
 
     def __call__(self, u: Tensor) -> Tensor:
         """Spikes of ``u`` (1 where ``u >= 0``), with :meth:`grad` as their derivative."""
-        return _Heaviside.apply(u, self)
+        return _Heaviside.apply(u, self, False)
+
+    def strict(self, u: Tensor) -> Tensor:
+        """Spikes of ``u`` (1 where ``u > 0``, as snnTorch fires), with :meth:`grad` as their derivative."""
+        return _Heaviside.apply(u, self, True)
 
 
 @dataclass(frozen=True)
 class ATan(Surrogate):
-    r"""``g(u) = (a / 2) / (1 + (pi / 2 * a * u)^2)``, SpikingJelly's ``surrogate.ATan``."""
+    r"""``g(u) = (a / 2) / (1 + (pi / 2 * a * u)^2)``: SpikingJelly's ``ATan``, snnTorch's ``atan``."""
 
     alpha: float = 2.0
     name: ClassVar[str] = "atan"
     kernel_id: ClassVar[int] = 0
+
+    def numbers(self) -> Numbers:
+        return self.alpha / 2, math.pi / 2 * self.alpha, 0.0
 
     def grad(self, u: Tensor) -> Tensor:
         return (self.alpha / 2) / (1 + (math.pi / 2 * self.alpha * u).square())
@@ -64,7 +79,7 @@ class ATan(Surrogate):
 
 @dataclass(frozen=True)
 class Sigmoid(Surrogate):
-    r"""``g(u) = a * sigmoid(a u) * (1 - sigmoid(a u))``, SpikingJelly's ``surrogate.Sigmoid``.
+    r"""``g(u) = a * sigmoid(a u) * (1 - sigmoid(a u))``: SpikingJelly's ``Sigmoid`` (4), snnTorch's ``sigmoid`` (25).
 
     Computed as ``a * e / (1 + e)^2`` with ``e = exp(-|a u|)``, which neither overflows nor cancels.
     """
@@ -73,18 +88,24 @@ class Sigmoid(Surrogate):
     name: ClassVar[str] = "sigmoid"
     kernel_id: ClassVar[int] = 1
 
+    def numbers(self) -> Numbers:
+        return self.alpha, self.alpha, 0.0
+
     def grad(self, u: Tensor) -> Tensor:
-        e = torch.exp(-(self.alpha * u).abs())
-        return self.alpha * e / (1 + e).square()
+        return _bell(self.alpha, u)
 
 
 @dataclass(frozen=True)
 class PiecewiseQuadratic(Surrogate):
-    r"""``g(u) = max(0, a - a^2 |u|)``, the triangle; SpikingJelly's ``surrogate.PiecewiseQuadratic``."""
+    r"""``g(u) = max(0, a - a^2 |u|)``, the triangle: SpikingJelly's ``PiecewiseQuadratic``; with ``a = 1 / gamma`` the
+    ZIF of ANN_SNN_QCFS."""
 
     alpha: float = 1.0
     name: ClassVar[str] = "piecewise_quadratic"
     kernel_id: ClassVar[int] = 2
+
+    def numbers(self) -> Numbers:
+        return self.alpha, self.alpha**2, 1 / self.alpha
 
     def grad(self, u: Tensor) -> Tensor:
         triangle = self.alpha - self.alpha**2 * u.abs()
@@ -93,48 +114,358 @@ class PiecewiseQuadratic(Surrogate):
 
 @dataclass(frozen=True)
 class Rectangular(Surrogate):
-    r"""``g(u) = a`` where ``|u| < 1 / (2 a)``, else 0; SpikingJelly's ``surrogate.Rect``."""
+    r"""``g(u) = a`` where ``|u| < 1 / (2 a)``, else 0: SpikingJelly's ``Rect``."""
 
     alpha: float = 1.0
     name: ClassVar[str] = "rectangular"
     kernel_id: ClassVar[int] = 3
 
+    def numbers(self) -> Numbers:
+        return self.alpha, 0.0, 0.5 / self.alpha
+
     def grad(self, u: Tensor) -> Tensor:
         return self.alpha * (u.abs() < 0.5 / self.alpha).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class PiecewiseLeakyReLU(Surrogate):
+    r"""``g(u) = 1 / (2 w)`` where ``|u| < w``, else ``c``: SpikingJelly's ``PiecewiseLeakyReLU``."""
+
+    width: float = 1.0
+    c: float = 0.01
+    name: ClassVar[str] = "piecewise_leaky_relu"
+    kernel_id: ClassVar[int] = 3
+
+    def numbers(self) -> Numbers:
+        return 1 / (2 * self.width), self.c, self.width
+
+    def grad(self, u: Tensor) -> Tensor:
+        return torch.where(u.abs() < self.width, 1 / (2 * self.width), self.c).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class PiecewiseExp(Surrogate):
+    r"""``g(u) = a / 2 * exp(-a |u|)``: SpikingJelly's ``PiecewiseExp``."""
+
+    alpha: float = 1.0
+    name: ClassVar[str] = "piecewise_exp"
+    kernel_id: ClassVar[int] = 4
+
+    def numbers(self) -> Numbers:
+        return self.alpha / 2, self.alpha, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return self.alpha / 2 * torch.exp(-(self.alpha * u.abs()))
+
+
+@dataclass(frozen=True)
+class SpikeRateEscape(Surrogate):
+    r"""``g(u) = slope * exp(-beta |u - 1|)``: snnTorch's ``spike_rate_escape``."""
+
+    beta: float = 1.0
+    slope: float = 25.0
+    name: ClassVar[str] = "spike_rate_escape"
+    kernel_id: ClassVar[int] = 4
+
+    def numbers(self) -> Numbers:
+        return self.slope, self.beta, 1.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return self.slope * torch.exp(-(self.beta * (u - 1).abs()))
+
+
+@dataclass(frozen=True)
+class SoftSign(Surrogate):
+    r"""``g(u) = 1 / (2 a (1 / a + |u|)^2)``: SpikingJelly's ``SoftSign``."""
+
+    alpha: float = 2.0
+    name: ClassVar[str] = "soft_sign"
+    kernel_id: ClassVar[int] = 5
+
+    def numbers(self) -> Numbers:
+        return 1 / (2 * self.alpha), 1 / self.alpha, 1.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return 1 / (2 * self.alpha) / (1 / self.alpha + u.abs()).square()
+
+
+@dataclass(frozen=True)
+class SuperSpike(Surrogate):
+    r"""``g(u) = a / (1 + |u|)^2``: SpikingJelly's ``SuperSpike``."""
+
+    alpha: float = 1.0
+    name: ClassVar[str] = "super_spike"
+    kernel_id: ClassVar[int] = 5
+
+    def numbers(self) -> Numbers:
+        return self.alpha, 1.0, 1.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return self.alpha / (1 + u.abs()).square()
+
+
+@dataclass(frozen=True)
+class FastSigmoid(Surrogate):
+    r"""``g(u) = 1 / (1 + k |u|)^2``: snnTorch's ``fast_sigmoid``."""
+
+    slope: float = 25.0
+    name: ClassVar[str] = "fast_sigmoid"
+    kernel_id: ClassVar[int] = 5
+
+    def numbers(self) -> Numbers:
+        return 1.0, 1.0, self.slope
+
+    def grad(self, u: Tensor) -> Tensor:
+        return 1 / (1 + self.slope * u.abs()).square()
+
+
+@dataclass(frozen=True)
+class SparseFastSigmoid(Surrogate):
+    r"""``g(u) = 1 / (1 + k |u|)^2`` where ``u > B``, else 0: snnTorch's ``SFS``."""
+
+    slope: float = 25.0
+    B: float = 1.0
+    name: ClassVar[str] = "sparse_fast_sigmoid"
+    kernel_id: ClassVar[int] = 14
+
+    def numbers(self) -> Numbers:
+        return self.slope, self.B, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return (1 / (1 + self.slope * u.abs()).square()).masked_fill(~(u > self.B), 0)
+
+
+@dataclass(frozen=True)
+class Erf(Surrogate):
+    r"""``g(u) = a / sqrt(pi) * exp(-(a u)^2)``: SpikingJelly's ``Erf``."""
+
+    alpha: float = 2.0
+    name: ClassVar[str] = "erf"
+    kernel_id: ClassVar[int] = 6
+
+    def numbers(self) -> Numbers:
+        return self.alpha / math.sqrt(math.pi), self.alpha, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return self.alpha / math.sqrt(math.pi) * torch.exp(-(self.alpha * u).square())
+
+
+@dataclass(frozen=True)
+class NonzeroSignLogAbs(Surrogate):
+    r"""``g(u) = 1 / (1 / a + |u|)``: SpikingJelly's ``NonzeroSignLogAbs``."""
+
+    alpha: float = 1.0
+    name: ClassVar[str] = "nonzero_sign_log_abs"
+    kernel_id: ClassVar[int] = 7
+
+    def numbers(self) -> Numbers:
+        return 1.0, 1 / self.alpha, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return 1 / (1 / self.alpha + u.abs())
+
+
+@dataclass(frozen=True)
+class LeakyKReLU(Surrogate):
+    r"""``g(u) = k`` where ``u >= 0``, else ``leak``: SpikingJelly's ``LeakyKReLU``; with both 1 its
+    ``DeterministicPass`` and snnTorch's ``straight_through_estimator``."""
+
+    leak: float = 0.0
+    k: float = 1.0
+    name: ClassVar[str] = "leaky_k_relu"
+    kernel_id: ClassVar[int] = 8
+
+    def numbers(self) -> Numbers:
+        return self.k, self.leak, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return torch.where(u >= 0, self.k, self.leak).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class DeterministicPass(Surrogate):
+    r"""``g(u) = 1``: SpikingJelly's ``DeterministicPass``, snnTorch's ``straight_through_estimator``."""
+
+    name: ClassVar[str] = "deterministic_pass"
+    kernel_id: ClassVar[int] = 8
+
+    def numbers(self) -> Numbers:
+        return 1.0, 1.0, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return torch.ones_like(u)
+
+
+@dataclass(frozen=True)
+class LeakySpike(Surrogate):
+    r"""``g(u) = 1`` where ``u > 0``, else ``slope``: snnTorch's ``LSO`` as documented (snnTorch 1.0.0's own raises);
+    with slope 0 its ``heaviside``."""
+
+    leak: float = 0.1
+    name: ClassVar[str] = "leaky_spike"
+    kernel_id: ClassVar[int] = 8
+
+    def numbers(self) -> Numbers:
+        return 1.0, self.leak, _STRICTLY_ABOVE
+
+    def grad(self, u: Tensor) -> Tensor:
+        return torch.where(u > 0, 1.0, self.leak).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Triangular(Surrogate):
+    r"""``g(u) = -threshold`` where ``u >= 0``, else ``threshold``: snnTorch's ``triangular``, whose sign above the
+    threshold is the opposite of a derivative's; kept so that networks trained there train the same here."""
+
+    threshold: float = 1.0
+    name: ClassVar[str] = "triangular"
+    kernel_id: ClassVar[int] = 8
+
+    def numbers(self) -> Numbers:
+        return -self.threshold, self.threshold, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return torch.where(u >= 0, -self.threshold, self.threshold).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class S2NN(Surrogate):
+    r"""``g(u) = a * sigmoid(a u) * (1 - sigmoid(a u))`` where ``u < 0``, else ``b / (u + 1)``: SpikingJelly's
+    ``S2NN``."""
+
+    alpha: float = 4.0
+    beta: float = 1.0
+    name: ClassVar[str] = "s2nn"
+    kernel_id: ClassVar[int] = 9
+
+    def numbers(self) -> Numbers:
+        return self.alpha, self.beta, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return torch.where(u < 0, _bell(self.alpha, u), self.beta / (u + 1))
+
+
+@dataclass(frozen=True)
+class QPseudoSpike(Surrogate):
+    r"""``g(u) = (1 + 2 |u| / (a - 1))^-a``, ``a > 1``: SpikingJelly's ``QPseudoSpike``."""
+
+    alpha: float = 2.0
+    name: ClassVar[str] = "q_pseudo_spike"
+    kernel_id: ClassVar[int] = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha <= 1:
+            raise ValueError(f"QPseudoSpike: expected alpha above 1, got {self.alpha!r}")
+
+    def numbers(self) -> Numbers:
+        return 2 / (self.alpha - 1), -self.alpha, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return (1 + 2 / (self.alpha - 1) * u.abs()).pow(-self.alpha)
+
+
+@dataclass(frozen=True)
+class SquarewaveFourierSeries(Surrogate):
+    r"""``g(u) = 4 / T * sum of cos((2 i - 1) 2 pi u / T) for i in 1 .. n - 1``: SpikingJelly's
+    ``SquarewaveFourierSeries``."""
+
+    n: int = 2
+    period: float = 8.0
+    name: ClassVar[str] = "squarewave_fourier_series"
+    kernel_id: ClassVar[int] = 11
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.n, int) and 1 <= self.n <= 1000 and self.period > 0):
+            raise ValueError(
+                f"SquarewaveFourierSeries: expected an integer n of 1 to 1000 and a positive period, got {self}"
+            )
+
+    def numbers(self) -> Numbers:
+        return 4 / self.period, 2 * math.pi / self.period, float(self.n)
+
+    def grad(self, u: Tensor) -> Tensor:
+        total = torch.zeros_like(u)
+        for i in range(1, self.n):
+            total = total + torch.cos((2 * i - 1) * (2 * math.pi / self.period) * u)
+        return 4 / self.period * total
+
+
+@dataclass(frozen=True)
+class LogTailedReLU(Surrogate):
+    r"""``g(u) = leak`` where ``u <= 0``, 1 up to 1, and ``1 / u`` beyond: SpikingJelly's ``LogTailedReLU``."""
+
+    leak: float = 0.0
+    name: ClassVar[str] = "log_tailed_relu"
+    kernel_id: ClassVar[int] = 12
+
+    def numbers(self) -> Numbers:
+        return self.leak, 0.0, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return torch.where(u > 1, 1 / u, torch.where(u <= 0, self.leak, 1.0)).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class FakeNumericalGradient(Surrogate):
+    r"""``g(u) = min(1 / |u|, a)``: SpikingJelly's ``FakeNumericalGradient``."""
+
+    alpha: float = 0.3
+    name: ClassVar[str] = "fake_numerical_gradient"
+    kernel_id: ClassVar[int] = 13
+
+    def numbers(self) -> Numbers:
+        return self.alpha, 0.0, 0.0
+
+    def grad(self, u: Tensor) -> Tensor:
+        return (1 / u.abs()).clamp_max(self.alpha)
+
+
+def _bell(alpha: float, u: Tensor) -> Tensor:
+    e = torch.exp(-(alpha * u).abs())
+    return alpha * e / (1 + e).square()
 
 
 class _Heaviside(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(u, surrogate):
-        return (u >= 0).to(u.dtype)
+    def forward(u, surrogate, strict):
+        return ((u > 0) if strict else (u >= 0)).to(u.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        u, ctx.surrogate = inputs
+        u, ctx.surrogate, _ = inputs
         ctx.save_for_backward(u)
 
     @staticmethod
     def backward(ctx, grad):
         (u,) = ctx.saved_tensors
-        return grad * ctx.surrogate.grad(u), None
+        return grad * ctx.surrogate.grad(u), None, None
 
 
-BY_NAME: dict[str, Surrogate] = {cls.name: cls() for cls in (ATan, Sigmoid, PiecewiseQuadratic, Rectangular)}
+KERNEL_TYPES: tuple[type[Surrogate], ...] = (
+    *(ATan, Sigmoid, PiecewiseQuadratic, Rectangular, PiecewiseLeakyReLU, PiecewiseExp, SpikeRateEscape, SoftSign),
+    *(SuperSpike, FastSigmoid, SparseFastSigmoid, Erf, NonzeroSignLogAbs, LeakyKReLU, DeterministicPass, LeakySpike),
+    *(Triangular, S2NN, QPseudoSpike, SquarewaveFourierSeries, LogTailedReLU, FakeNumericalGradient),
+)
+BY_NAME: dict[str, Surrogate] = {cls.name: cls() for cls in KERNEL_TYPES}
+
+AnySurrogate = str | Surrogate | Callable[[Tensor], Tensor]
 
 
-def resolve(surrogate: str | Surrogate, op: str = "surrogate") -> Surrogate:
+def resolve(surrogate: AnySurrogate, op: str = "surrogate") -> Surrogate | Callable[[Tensor], Tensor]:
     """The surrogate that ``surrogate`` names, or ``surrogate`` itself.
 
     Args:
-        surrogate: one of ``"atan"``, ``"sigmoid"``, ``"piecewise_quadratic"``, ``"rectangular"`` (each with
-            SpikingJelly's default alpha), or a :class:`Surrogate` with an alpha of its own.
+        surrogate: a name in :data:`BY_NAME` (each with the default numbers of its class), a :class:`Surrogate`, or any
+            callable that maps ``u`` to spikes and has a derivative of its own.
         op: the operation to name in an error.
 
     Raises:
         ValueError: the name is unknown.
-        TypeError: it is neither a name nor a :class:`Surrogate`.
+        TypeError: it is neither a name nor callable.
     """
     if isinstance(surrogate, str):
         try:
@@ -142,12 +473,14 @@ def resolve(surrogate: str | Surrogate, op: str = "surrogate") -> Surrogate:
         except KeyError:
             known = ", ".join(sorted(BY_NAME))
             raise ValueError(f"{op}: expected surrogate to be one of {known}; got {surrogate!r}") from None
-    if type(surrogate) in _KERNEL_TYPES:
+    if callable(surrogate) and not isinstance(surrogate, type):
         return surrogate
     raise TypeError(
-        f"{op}: expected surrogate to be a name or one of fastcifar.spiking.surrogate's classes; "
-        f"got {type(surrogate).__name__}"
+        f"{op}: expected surrogate to be a name, an object of fastcifar.spiking.surrogate or a callable; "
+        f"got {type(surrogate).__name__ if not isinstance(surrogate, type) else surrogate.__name__ + ' (the class)'}"
     )
 
 
-_KERNEL_TYPES = frozenset(type(s) for s in BY_NAME.values())
+def in_kernel(surrogate: object) -> bool:
+    """Whether kernels know this surrogate; others run step by step in PyTorch."""
+    return type(surrogate) in KERNEL_TYPES
