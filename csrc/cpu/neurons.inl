@@ -7,12 +7,12 @@
 
 namespace fastcifar::FASTCIFAR_ISA {
 
-// A parameter as a block sees it: the row of its neurons' values, or one register of copies for all (mask 0).
+// A parameter as a block sees it: a row of its neurons' values, also where all are the same number, since a load from
+// the first-level cache is part of an arithmetic instruction.
 template <class A>
 struct Values {
   const A* at = nullptr;
-  int64_t mask = 0;
-  FC_INLINE_MEMBER V<A> operator[](int64_t i) const { return load(at + (i & mask), Full{}); }
+  FC_INLINE_MEMBER V<A> operator[](int64_t i) const { return load(at + i, Full{}); }
 };
 
 template <class A>

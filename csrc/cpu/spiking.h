@@ -116,9 +116,9 @@ constexpr bool charge_is_curved(int neuron) {
 // Where a block's rows lie in a thread's scratch memory, in bytes; every row has `block` elements.
 struct ScratchPlan {
   int64_t v, w, parameters[kParameters], x, out, v_seq;  // a row each
-  int64_t charged, previous, previous_w, potential;      // backward: a row a step
+  int64_t charged, previous, previous_w, fires_at;       // backward: a row a step
   int64_t slope, other_slope, grad_spikes, grad_v_seq;   // backward: a row each
-  int64_t raw_x;                                         // backward: a row, of x before scale and shift
+  int64_t raw_x, constant;                               // backward: a row each, x before scale and shift
   int64_t sums[kParameters];                             // backward: a row of doubles each
   int64_t bytes = 0;
 
@@ -132,16 +132,17 @@ struct ScratchPlan {
     const bool second = has_second_state(p.neuron), wanted = p.wants_parameters();
     v = take(true, 1, A);
     w = take(second, 1, A);
-    for (int i = 0; i < kParameters; ++i) parameters[i] = take(p.parameters[i].data, 1, A);
+    for (int i = 0; i < kParameters; ++i) parameters[i] = take(i < kScale || p.affine, 1, A);
     x = take(true, 1, A);
     out = take(true, 1, A);
     v_seq = take(p.v_seq.data, 1, A);
     charged = take(backward, rows, A);
     previous = take(backward && (wanted || charge_is_curved(p.neuron)), rows, A);
     previous_w = take(backward && second, rows, A);
-    potential = take(backward && (p.neuron == kALIF || p.neuron == kALIFDirect), rows, A);
+    fires_at = take(backward && (p.neuron == kALIF || p.neuron == kALIFDirect), rows, A);
     slope = take(backward, 1, A);
     other_slope = take(backward && p.neuron == kSignedIF, 1, A);
+    constant = take(backward && p.neuron == kSignedIF, 1, A);
     grad_spikes = take(backward, 1, A);
     grad_v_seq = take(p.grad_v_seq.data, 1, A);
     raw_x = take(backward && p.affine, 1, A);

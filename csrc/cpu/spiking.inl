@@ -26,25 +26,30 @@ struct Block {
   Constants<A> c;
   const ReadRow<A> read;
 
-  Block(const NeuronProblem& problem, bool backward, void* memory, const A* numbers)
+  Block(const NeuronProblem& problem, bool backward, void* memory)
       : p(problem),
         plan(problem, backward, sizeof(A)),
         scratch((char*)memory),
         read(RowTables<A>::read[problem.storage]) {
     Values<A>* const values[kParameters] = {&c.leak, &c.threshold, &c.gain, &c.scale, &c.shift};
-    for (int i = 0; i < kParameters; ++i)
-      *values[i] =
-          p.parameters[i].data ? Values<A>{row(plan.parameters[i]), -1} : Values<A>{numbers + i * kLanes<A>, 0};
+    const int64_t length = p.neurons < p.block ? round_up(p.neurons) : p.block;
+    for (int k = 0; k < (p.affine ? kParameters : kScale); ++k) {
+      A* to = row(plan.parameters[k]);
+      values[k]->at = to;
+      if (!p.parameters[k].data)
+        for (int64_t i = 0; i < length; ++i) to[i] = A(p.parameters[k].number);
+    }
     c.reset = A(p.v_reset);
     c.rest = p.hard_reset ? A(p.v_reset) : A(0);
     for (int i = 0; i < 6; ++i) c.c[i] = A(p.constants[i]);
   }
+  static int64_t round_up(int64_t n) { return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
   void enter(int64_t block) {
     index = block;
     panel = index / p.blocks_per_panel();
     offset = (index - panel * p.blocks_per_panel()) * p.block;
     neurons = p.neurons - offset < p.block ? p.neurons - offset : p.block;
-    padded = (neurons + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+    padded = round_up(neurons);
     for (int i = 0; i < kParameters; ++i)
       if (p.parameters[i].data) load_parameter(p.parameters[i], row(plan.parameters[i]));
   }
@@ -87,9 +92,9 @@ struct Block {
     return row(staged);
   }
   // Where a step's results go, and, if that is not their place, on their way there.
-  A* output(const Sequence& s, int64_t t, int64_t staged) const {
-    const bool place_is_output = in_place(s) && item() == sizeof(A) && p.spike_format == kSpikesLikeX;
-    return place_is_output ? (A*)memory(s, t, sizeof(A)) : row(staged);
+  A* output(const Sequence& s, int64_t t, int64_t staged, bool spikes) const {
+    const bool direct = in_place(s) && item() == sizeof(A) && (spikes ? p.spike_format == kSpikesLikeX : !p.affine);
+    return direct ? (A*)memory(s, t, sizeof(A)) : row(staged);
   }
   void deliver(const A* from, const Sequence& s, int64_t t, int64_t staged, WriteRow<A> write) const {
     if (from == row(staged)) write(from, memory(s, t, item()), s.neuron, neurons, p.stream);
@@ -118,19 +123,10 @@ struct Block {
   }
 };
 
-// A register of copies of each parameter that is one number.
-template <class A>
-struct Numbers {
-  alignas(64) A at[kParameters * kLanes<A>];
-  explicit Numbers(const NeuronProblem& p) {
-    for (int i = 0; i < kParameters * kLanes<A>; ++i) at[i] = A(p.parameters[i / kLanes<A>].number);
-  }
-};
-
-// A row of n neurons, n a multiple of the lanes, through one step.
+// A row of n neurons, n a multiple of the lanes, through one step. Constants come by value, here and below: by
+// reference, every store might change them for all the compiler knows, and it would load them again each time.
 template <class M, bool kHard, class A>
-void forward_row(const A* x, A* v, A* w, A* spikes, A* v_seq, int64_t n, bool stream, bool stream_v,
-                 const Constants<A>& c) {
+void forward_row(const A* x, A* v, A* w, A* spikes, A* v_seq, int64_t n, bool stream, bool stream_v, Constants<A> c) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     prefetch_next_page(x + i);
     const V<A> w_before = M::kSecond ? load(w + i, Full{}) : V<A>{};
@@ -147,8 +143,7 @@ void forward_row(const A* x, A* v, A* w, A* spikes, A* v_seq, int64_t n, bool st
 
 template <class M, bool kHard, class A>
 void forward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* scratch) {
-  const Numbers<A> numbers(p);
-  Block<A> b(p, false, scratch, numbers.at);
+  Block<A> b(p, false, scratch);
   const WriteRow<A> write = (M::kBinary ? RowTables<A>::write_binary : RowTables<A>::write)[p.storage];
   A *v = b.row(b.plan.v), *w = b.row(b.plan.w);
   for (int64_t index = begin; index < end; ++index) {
@@ -156,7 +151,7 @@ void forward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* sc
     b.load_state(p.v, p.v_rest, v);
     if constexpr (M::kSecond) b.load_state(p.w, p.w_rest, w);
     for (int64_t t = 0; t < p.steps; ++t) {
-      A *spikes = b.output(p.spikes, t, b.plan.out), *v_seq = b.state_output(p.v_seq, t, b.plan.v_seq);
+      A *spikes = b.output(p.spikes, t, b.plan.out, true), *v_seq = b.state_output(p.v_seq, t, b.plan.v_seq);
       forward_row<M, kHard, A>(b.current(t), v, w, spikes, v_seq, b.padded, p.stream && spikes != b.row(b.plan.out),
                                p.stream && v_seq != b.row(b.plan.v_seq), b.c);
       if (p.spike_format == kSpikesLikeX)
@@ -173,8 +168,8 @@ void forward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* sc
 
 // Forward again, keeping what backward asks for instead of the spikes; previous may be null.
 template <class M, bool kHard, class A>
-void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_w, A* potential, int64_t n,
-                   const Constants<A>& c) {
+void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_w, A* fires_at, int64_t n,
+                   Constants<A> c) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     prefetch_next_page(x + i);
     const V<A> v_before = load(v + i, Full{}), w_before = M::kSecond ? load(w + i, Full{}) : V<A>{};
@@ -183,7 +178,7 @@ void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_
     const V<A> s = M::template fire<M, A>(c, i, h, w_before);
     store(charged + i, h, Full{});
     if (previous) store(previous + i, v_before, Full{});
-    if constexpr (M::kOwnPotential) store(potential + i, h - M::template fires_at<A>(c, i, w_before), Full{});
+    if constexpr (M::kOwnPotential) store(fires_at + i, M::template fires_at<A>(c, i, w_before), Full{});
     store(v + i, M::template after<kHard, A>(c, i, h, s), Full{});
     if constexpr (M::kSecond) {
       store(previous_w + i, w_before, Full{});
@@ -213,7 +208,7 @@ struct BackwardRows {
 };
 
 template <class M, bool kHard, bool kWanted, class A>
-void backward_row(const BackwardRows<A>& r, int64_t n, bool stream, bool affine, bool detach, const Constants<A>& c) {
+void backward_row(BackwardRows<A> r, int64_t n, bool stream, bool detach, Constants<A> c) {
   const I<A> through_reset = I<A>{} - (detach ? 0 : 1);
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     Before<A> before;
@@ -239,7 +234,6 @@ void backward_row(const BackwardRows<A>& r, int64_t n, bool stream, bool affine,
       if (r.sums[kScale]) add_to(r.sums[kScale] + i, g.x * load(r.x + i, Full{}));
       if (r.sums[kShift]) add_to(r.sums[kShift] + i, g.x);
     }
-    if (affine) g.x = g.x * c.scale[i];
     store(r.grad_x + i, g.x, Full{}, stream);
     store(r.carry + i, g.v, Full{});
     if (M::kSecond) store(r.carry_w + i, g.w, Full{});
@@ -265,12 +259,9 @@ static void reduce_sums(const Parameter& parameter, const double* sums, int64_t 
 
 template <class M, bool kHard, bool kWanted, class A>
 void backward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* scratch) {
-  const Numbers<A> numbers(p);
-  Block<A> b(p, true, scratch, numbers.at);
+  Block<A> b(p, true, scratch);
   const WriteRow<A> write = RowTables<A>::write[p.storage];
   const SurrogateRow<A> surrogate = surrogate_for<A>(p.surrogate);
-  alignas(64) A zeros[kLanes<A>] = {}, ones[kLanes<A>];
-  for (A& one : ones) one = 1;
   A *slope = b.row(b.plan.slope), *other = b.row(b.plan.other_slope);
   BackwardRows<A> r;
   r.slope = slope;
@@ -286,7 +277,7 @@ void backward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* s
     for (int64_t t = 0; t < p.steps; ++t)
       recompute_row<M, kHard, A>(b.current(t), v, w, b.row(b.plan.charged, t),
                                  M::kCurved || kWanted ? b.row(b.plan.previous, t) : nullptr,
-                                 b.row(b.plan.previous_w, t), b.row(b.plan.potential, t), b.padded, b.c);
+                                 b.row(b.plan.previous_w, t), b.row(b.plan.fires_at, t), b.padded, b.c);
     b.load_state(p.grad_v_last, 0, v);
     if constexpr (M::kSecond) b.load_state(p.grad_w_last, 0, w);
     for (double* sums : r.sums)
@@ -297,22 +288,25 @@ void backward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* s
       r.charged = b.row(b.plan.charged, t);
       r.previous = b.row(b.plan.previous, t);
       r.previous_w = b.row(b.plan.previous_w, t);
-      r.grad_x = b.output(p.grad_x, t, b.plan.out);
+      r.grad_x = b.output(p.grad_x, t, b.plan.out, false);
       if constexpr (kWanted) {
         r.current = b.current(t);
         r.x = p.affine ? b.input(p.x, t, b.plan.raw_x) : r.current;
       }
       if constexpr (M::kTwoSlopes) {
-        surrogate(r.charged, ones, 0, slope, b.neurons, p.widths);
-        for (int64_t i = 0; i < b.neurons; ++i) other[i] = -r.charged[i];
-        surrogate(other, zeros, 0, other, b.neurons, p.widths);
-      } else if constexpr (M::kOwnPotential) {
-        surrogate(b.row(b.plan.potential, t), zeros, 0, slope, b.neurons, p.widths);
+        A* constant = b.row(b.plan.constant);
+        for (int64_t i = 0; i < b.padded; ++i) constant[i] = 1;
+        surrogate(r.charged, constant, slope, b.neurons, p.widths);
+        for (int64_t i = 0; i < b.padded; ++i) constant[i] = 0;
+        surrogate(constant, r.charged, other, b.neurons, p.widths);
       } else if constexpr (M::kSloped) {
-        surrogate(r.charged, b.c.threshold.at, b.c.threshold.mask, slope, b.neurons, p.widths);
+        surrogate(r.charged, M::kOwnPotential ? b.row(b.plan.fires_at, t) : b.c.threshold.at, slope, b.neurons,
+                  p.widths);
       }
-      backward_row<M, kHard, kWanted, A>(r, b.padded, p.stream && r.grad_x != b.row(b.plan.out), p.affine,
-                                         p.detach_reset, b.c);
+      backward_row<M, kHard, kWanted, A>(r, b.padded, p.stream && r.grad_x != b.row(b.plan.out), p.detach_reset, b.c);
+      if (p.affine)
+        for (int64_t i = 0; i < b.padded; i += kLanes<A>)
+          store(r.grad_x + i, load(r.grad_x + i, Full{}) * b.c.scale[i], Full{});
       b.deliver(r.grad_x, p.grad_x, t, b.plan.out, write);
     }
     b.store_state(v, p.grad_v);

@@ -70,15 +70,14 @@ FC_INLINE V<A> surrogate_grad(V<A> u, A p, A q, A r) {
 }
 
 template <class A>
-using SurrogateRow = void (*)(const A* h, const A* threshold, int64_t mask, A* out, int64_t n, const double* widths);
+using SurrogateRow = void (*)(const A* h, const A* threshold, A* out, int64_t n, const double* widths);
 
 // out = g(h - threshold) over a row, rounded up to whole registers.
 template <class A, int kSurrogate>
-void surrogate_row(const A* h, const A* threshold, int64_t mask, A* out, int64_t n, const double* widths) {
+void surrogate_row(const A* h, const A* threshold, A* out, int64_t n, const double* widths) {
   const A p = A(widths[0]), q = A(widths[1]), r = A(widths[2]);
   for (int64_t i = 0; i < n; i += kLanes<A>)
-    store(out + i, surrogate_grad<A, kSurrogate>(load(h + i, Full{}) - load(threshold + (i & mask), Full{}), p, q, r),
-          Full{});
+    store(out + i, surrogate_grad<A, kSurrogate>(load(h + i, Full{}) - load(threshold + i, Full{}), p, q, r), Full{});
 }
 
 template <class A>
