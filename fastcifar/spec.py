@@ -40,12 +40,13 @@ class OpSpec:
         options: combinations of the other arguments, so chosen that every value of each occurs. An option of a
             sampled argument's name takes its place (a number or None instead of a tensor).
         differentiable: tensor arguments that take a gradient.
+        broadcast: those of them that broadcast against one step of the first argument, so that their gradient is a sum.
         exact: indices of the outputs that equal the reference's to the bit in every dtype; others are held to the error
             bound of :func:`compare`.
         comparable: given the outputs of the float64 truth and of the reference in the tested dtype, the elements (of
             one step, where the first argument has steps) whose gradients may be compared, or None for all: where a
-            rounding decides an output, as with a threshold, the two follow different paths. The gradient of an argument
-            that broadcasts is compared where all elements that share it are comparable.
+            rounding decides an output, as with a threshold, the two follow different paths. The gradient of a broadcast
+            argument is compared where all elements that share it are comparable.
         sure: where the first output is not in ``exact``: the elements of it that no rounding may change, given inputs
             and options. They are compared to the bit, and the outputs that are not exact where all steps are sure.
         raw_ops: names in ``torch.ops.fastcifar``.
@@ -66,6 +67,7 @@ class OpSpec:
     exact: tuple[int, ...]
     raw_ops: tuple[str, ...]
     module: Callable[[], nn.Module]
+    broadcast: tuple[str, ...] = ()
     comparable: Callable[[Outputs, Outputs], Tensor] | None = None
     sure: Callable[[Inputs, dict[str, Any]], Tensor] | None = None
     bad_inputs: tuple[BadInput, ...] = ()
@@ -121,10 +123,23 @@ def identical(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, mask: Tensor | None) -> str | None:
+def worse_than_eager(
+    ours: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    mask: Tensor | None = None,
+    incoming: float = 0.0,
+    spread: Tensor | None = None,
+) -> str | None:
     """The house's error bound: at most twice the error of the eager formulation in the same dtype, plus one ulp.
 
     In float64 the eager formulation is the truth, so the bound is 1e-13 of the largest value.
+
+    Args:
+        mask: the elements to compare.
+        incoming: the largest gradient that a gradient is made of; the ulp is that of the largest number, in or out.
+        spread: of sums, the root of the sum of the squares of the terms' errors in the eager formulation. The error of
+            a single sum is one draw, often near zero by luck; what to expect of it is twice its spread.
     """
     if ours.shape != truth.shape or ours.dtype != eager.dtype:
         return f"expected {tuple(truth.shape)} {eager.dtype}, got {tuple(ours.shape)} {ours.dtype}"
@@ -136,9 +151,10 @@ def _worse_than_eager(ours: Tensor, eager: Tensor, truth: Tensor, mask: Tensor |
     if not bool(keep.any()):
         return None
     error, eager_error = ((t.double() - truth)[keep].abs().max().item() for t in (ours, eager))
-    ulp = torch.finfo(ours.dtype).eps * truth[keep].abs().max().item()
-    if ours.dtype == torch.float64:
-        ulp = 1e-13 * truth[keep].abs().max().item()
+    if spread is not None:
+        eager_error = max(eager_error, 2 * spread[keep].max().item())
+    ulp = 1e-13 if ours.dtype == torch.float64 else torch.finfo(ours.dtype).eps
+    ulp *= max(truth[keep].abs().max().item(), incoming)
     return (
         None if error <= 2 * eager_error + ulp else f"error {error:.3g}, eager's {eager_error:.3g}, one ulp {ulp:.3g}"
     )
@@ -165,20 +181,29 @@ class Expected:
     truth_grads: dict[str, Tensor]
     eager_grads: dict[str, Tensor]
     cotangents: list[Tensor]
+    spreads: dict[str, Tensor]  # of the gradients that are sums, see worse_than_eager
     sure: Tensor | None
     mask: Tensor | None  # what may be compared, [N...]
 
 
 def expect(spec: OpSpec, inputs: Inputs, options: dict[str, Any], gradients: tuple[str, ...] | None = None) -> Expected:
-    """Runs the reference on these inputs."""
+    """Runs the reference on these inputs, with an element of its own for each element that shares a broadcast one."""
     gradients = spec.gradients(inputs, options) if gradients is None else gradients
-    truth, truth_grads, cotangents = run(spec.reference, inputs, options, gradients, dtype=torch.float64)
-    eager, eager_grads, _ = run(spec.reference, inputs, options, gradients, cotangents)
+    step = next(iter(inputs.values())).shape[1:]
+    each = {name: t.expand(step) if name in spec.broadcast else t for name, t in inputs.items()}
+    truth, truth_grads, cotangents = run(spec.reference, each, options, gradients, dtype=torch.float64)
+    eager, eager_grads, _ = run(spec.reference, each, options, gradients, cotangents)
+    spreads = {}
+    for name in (n for n in gradients if n in spec.broadcast):
+        shape = inputs[name].shape
+        squares = (eager_grads[name].double() - truth_grads[name]).square()
+        spreads[name] = squares.sum_to_size(shape).sqrt()
+        truth_grads[name], eager_grads[name] = (g[name].sum_to_size(shape) for g in (truth_grads, eager_grads))
     mask = spec.comparable(truth, eager) if spec.comparable else None
     sure = spec.sure(inputs, options) if spec.sure else None
     if sure is not None:
         mask = sure.all(0) if mask is None else mask & sure.all(0)
-    return Expected(truth, eager, truth_grads, eager_grads, cotangents, sure, mask)
+    return Expected(truth, eager, truth_grads, eager_grads, cotangents, spreads, sure, mask)
 
 
 def compare(
@@ -193,6 +218,7 @@ def compare(
     want = expect(spec, inputs, options, gradients) if expected is None else expected
     ours, our_grads, _ = run(spec.function, inputs, options, gradients, want.cotangents)
 
+    incoming = max((c.abs().max().item() for c in want.cotangents if c.numel()), default=0.0)
     problems = []
     for i, (o, e, t) in enumerate(zip(ours, want.eager, want.truth, strict=True)):
         if o is None or e is None or t is None:
@@ -203,10 +229,10 @@ def compare(
             same = identical(o.where(want.sure, 0), e.where(want.sure, 0))
             problem = None if same else "not equal to the bit where no rounding decides"
         else:
-            problem = _worse_than_eager(o, e, t, _fit(want.mask, o.shape))
+            problem = worse_than_eager(o, e, t, _fit(want.mask, o.shape))
         problems += [f"output {i}: {problem}"] if problem else []
     for name in gradients:
         o, e, t = our_grads[name], want.eager_grads[name], want.truth_grads[name]
-        problem = _worse_than_eager(o, e, t, _fit(want.mask, o.shape))
+        problem = worse_than_eager(o, e, t, _fit(want.mask, o.shape), incoming, want.spreads.get(name))
         problems += [f"gradient to {name}: {problem}"] if problem else []
     return [f"{p} with {options}" for p in problems]

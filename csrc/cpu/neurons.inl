@@ -22,10 +22,10 @@ struct Constants {
   A c[6];
 };
 
-// One step of some neurons: before it, and the charged membrane.
+// One step of some neurons: before it, the charged membrane, and what the neuron has asked to keep.
 template <class A>
 struct Before {
-  V<A> x, v, w, h;
+  V<A> x, v, w, h, kept;
 };
 // Gradients on their way back through a step: v holds dL/dV' before fire_backward, dL/dH after it, and dL/dV after
 // charge_backward; w holds dL/dW' and then dL/dW.
@@ -51,11 +51,16 @@ struct Binary {
   static constexpr bool kCurved = false;        // its derivative depends on the state before the charge
   static constexpr bool kSloped = true;         // takes its spikes' derivative from a surrogate
   static constexpr bool kTwoSlopes = false;     // from two, for either sign
-  static constexpr bool kOwnPotential = false;  // fires at another potential than the threshold
+  static constexpr bool kOwnPotential = false;  // fires at another potential than the threshold, which it keeps
+  static constexpr bool kKeeps = false;         // keeps a value from recomputation for backward
 
   template <class A>
   FC_INLINE_MEMBER static V<A> fires_at(const Constants<A>& c, int64_t i, V<A>) {
     return c.threshold[i];
+  }
+  template <class Self, class A>
+  FC_INLINE_MEMBER static V<A> keep(const Constants<A>& c, int64_t i, V<A>, V<A> w) {
+    return Self::template fires_at<A>(c, i, w);
   }
   // The spikes, from the charged membrane and the second state before the step.
   template <class Self, class A>
@@ -147,10 +152,14 @@ struct QIF : Binary {  // a0, v_rest, v_c
 };
 
 struct EIF : Binary {  // v_rest, theta_rh, delta_T
-  static constexpr bool kCurved = true;
+  static constexpr bool kKeeps = true;
   template <class A>
   FC_INLINE_MEMBER static V<A> rises(const Constants<A>& c, V<A> v) {
     return exp<A>((v - c.c[1]) / c.c[2]);
+  }
+  template <class Self, class A>
+  FC_INLINE_MEMBER static V<A> keep(const Constants<A>& c, int64_t, V<A> v, V<A>) {
+    return rises<A>(c, v);  // the exponential is most of this neuron's time
   }
   template <class A>
   FC_INLINE_MEMBER static V<A> charge(const Constants<A>& c, int64_t i, V<A> x, V<A> v, V<A>&) {
@@ -158,7 +167,7 @@ struct EIF : Binary {  // v_rest, theta_rh, delta_T
   }
   template <class A>
   FC_INLINE_MEMBER static void charge_backward(const Constants<A>& c, int64_t i, const Before<A>& b, Gradient<A>& g) {
-    const V<A> leaked = g.v / c.leak[i], rise = rises<A>(c, b.v);
+    const V<A> leaked = g.v / c.leak[i], rise = b.kept;
     g.leak = g.v * (b.x + c.c[0] - b.v + c.c[2] * rise);
     g.x = leaked;
     g.v = g.v + (leaked * rise - leaked);
@@ -282,7 +291,7 @@ template <bool kDecayInput>
 struct ALIF : LIF<kDecayInput, false> {  // beta, rho; w is the adaptation
   using Leaky = LIF<kDecayInput, false>;
   static constexpr bool kSecond = true;
-  static constexpr bool kOwnPotential = true;
+  static constexpr bool kOwnPotential = true, kKeeps = true;
   template <class A>
   FC_INLINE_MEMBER static V<A> fires_at(const Constants<A>& c, int64_t i, V<A> w) {
     return c.threshold[i] + c.c[0] * w;

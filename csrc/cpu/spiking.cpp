@@ -117,7 +117,7 @@ void run(NeuronKernel kernel, NeuronProblem& p, const Walk& walk, bool backward,
 
 // Rows of the first-level cache that backward keeps of a neuron's steps; the forward has the same blocks.
 int64_t rows_of(const NeuronProblem& p, bool wanted) {
-  return p.steps * (1 + (wanted || charge_is_curved(p.neuron)) + has_second_state(p.neuron));
+  return p.steps * (1 + (wanted || charge_is_curved(p.neuron)) + has_second_state(p.neuron) + keeps_a_value(p.neuron));
 }
 
 }  // namespace

@@ -109,14 +109,14 @@ constexpr bool soft_reset_only(int neuron) {
 }
 constexpr bool binary_spikes(int neuron) { return neuron != kILIF && neuron != kSignedIF; }
 // Whether backward needs the state before each charge, even where no parameter takes a gradient.
-constexpr bool charge_is_curved(int neuron) {
-  return neuron == kQIF || neuron == kEIF || neuron == kIzhikevich || neuron == kLeakyZero;
-}
+constexpr bool charge_is_curved(int neuron) { return neuron == kQIF || neuron == kIzhikevich || neuron == kLeakyZero; }
+// Whether it keeps a value of its own from recomputation.
+constexpr bool keeps_a_value(int neuron) { return neuron == kEIF || neuron == kALIF || neuron == kALIFDirect; }
 
 // Where a block's rows lie in a thread's scratch memory, in bytes; every row has `block` elements.
 struct ScratchPlan {
   int64_t v, w, parameters[kParameters], x, out, v_seq;  // a row each
-  int64_t charged, previous, previous_w, fires_at;       // backward: a row a step
+  int64_t charged, previous, previous_w, kept;           // backward: a row a step
   int64_t slope, other_slope, grad_spikes, grad_v_seq;   // backward: a row each
   int64_t raw_x, constant;                               // backward: a row each, x before scale and shift
   int64_t sums[kParameters];                             // backward: a row of doubles each
@@ -139,7 +139,7 @@ struct ScratchPlan {
     charged = take(backward, rows, A);
     previous = take(backward && (wanted || charge_is_curved(p.neuron)), rows, A);
     previous_w = take(backward && second, rows, A);
-    fires_at = take(backward && (p.neuron == kALIF || p.neuron == kALIFDirect), rows, A);
+    kept = take(backward && keeps_a_value(p.neuron), rows, A);
     slope = take(backward, 1, A);
     other_slope = take(backward && p.neuron == kSignedIF, 1, A);
     constant = take(backward && p.neuron == kSignedIF, 1, A);

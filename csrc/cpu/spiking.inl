@@ -168,8 +168,7 @@ void forward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* sc
 
 // Forward again, keeping what backward asks for instead of the spikes; previous may be null.
 template <class M, bool kHard, class A>
-void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_w, A* fires_at, int64_t n,
-                   Constants<A> c) {
+void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_w, A* kept, int64_t n, Constants<A> c) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     prefetch_next_page(x + i);
     const V<A> v_before = load(v + i, Full{}), w_before = M::kSecond ? load(w + i, Full{}) : V<A>{};
@@ -178,7 +177,7 @@ void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_
     const V<A> s = M::template fire<M, A>(c, i, h, w_before);
     store(charged + i, h, Full{});
     if (previous) store(previous + i, v_before, Full{});
-    if constexpr (M::kOwnPotential) store(fires_at + i, M::template fires_at<A>(c, i, w_before), Full{});
+    if constexpr (M::kKeeps) store(kept + i, M::template keep<M, A>(c, i, v_before, w_before), Full{});
     store(v + i, M::template after<kHard, A>(c, i, h, s), Full{});
     if constexpr (M::kSecond) {
       store(previous_w + i, w_before, Full{});
@@ -201,7 +200,7 @@ FC_INLINE void add_to(double* sums, V<float> term) {  // each float in double, s
 template <class A>
 struct BackwardRows {
   const A *grad_spikes, *x, *current;  // the input, and what the neuron charges with: scale x + shift
-  const A *grad_v_seq, *charged, *previous, *previous_w, *slope, *other_slope;
+  const A *grad_v_seq, *charged, *previous, *previous_w, *kept, *slope, *other_slope;
   A *carry, *carry_w;  // dL/dV and dL/dW: after the step on entry, before it on return
   A* grad_x;
   double* sums[kParameters];  // null where the gradient is not wanted
@@ -215,6 +214,7 @@ void backward_row(BackwardRows<A> r, int64_t n, bool stream, bool detach, Consta
     before.h = load(r.charged + i, Full{});
     if (M::kCurved || kWanted) before.v = load(r.previous + i, Full{});
     if (M::kSecond) before.w = load(r.previous_w + i, Full{});
+    if (M::kKeeps) before.kept = load(r.kept + i, Full{});
     if (kWanted) before.x = load(r.current + i, Full{});
 
     Gradient<A> g{};
@@ -277,7 +277,7 @@ void backward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* s
     for (int64_t t = 0; t < p.steps; ++t)
       recompute_row<M, kHard, A>(b.current(t), v, w, b.row(b.plan.charged, t),
                                  M::kCurved || kWanted ? b.row(b.plan.previous, t) : nullptr,
-                                 b.row(b.plan.previous_w, t), b.row(b.plan.fires_at, t), b.padded, b.c);
+                                 b.row(b.plan.previous_w, t), b.row(b.plan.kept, t), b.padded, b.c);
     b.load_state(p.grad_v_last, 0, v);
     if constexpr (M::kSecond) b.load_state(p.grad_w_last, 0, w);
     for (double* sums : r.sums)
@@ -288,6 +288,7 @@ void backward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* s
       r.charged = b.row(b.plan.charged, t);
       r.previous = b.row(b.plan.previous, t);
       r.previous_w = b.row(b.plan.previous_w, t);
+      r.kept = b.row(b.plan.kept, t);
       r.grad_x = b.output(p.grad_x, t, b.plan.out, false);
       if constexpr (kWanted) {
         r.current = b.current(t);
@@ -300,8 +301,7 @@ void backward_blocks(const NeuronProblem& p, int64_t begin, int64_t end, void* s
         for (int64_t i = 0; i < b.padded; ++i) constant[i] = 0;
         surrogate(constant, r.charged, other, b.neurons, p.widths);
       } else if constexpr (M::kSloped) {
-        surrogate(r.charged, M::kOwnPotential ? b.row(b.plan.fires_at, t) : b.c.threshold.at, slope, b.neurons,
-                  p.widths);
+        surrogate(r.charged, M::kOwnPotential ? b.row(b.plan.kept, t) : b.c.threshold.at, slope, b.neurons, p.widths);
       }
       backward_row<M, kHard, kWanted, A>(r, b.padded, p.stream && r.grad_x != b.row(b.plan.out), p.detach_reset, b.c);
       if (p.affine)
@@ -329,7 +329,8 @@ template <int kNeuron, class A>
 void neuron_backward(const NeuronProblem& p, int64_t begin, int64_t end, void* scratch) {
   using M = typename NeuronOf<kNeuron>::type;
   static_assert(M::kSecond == has_second_state(kNeuron) && M::kBinary == binary_spikes(kNeuron) &&
-                M::kCurved == charge_is_curved(kNeuron));  // what spiking.h says of it
+                M::kCurved == charge_is_curved(kNeuron) &&
+                M::kKeeps == keeps_a_value(kNeuron));  // what spiking.h says of it
   const bool wanted = p.wants_parameters();
   if constexpr (!soft_reset_only(kNeuron))
     if (p.hard_reset)

@@ -14,11 +14,12 @@ from ._nodes import LIFNode
 
 
 class MultiLevelSpikeCount:
-    """SpikingJelly's ``surrogate.MultiLevelSpikeCount`` as :class:`ILIFNode` needs it, where SpikingJelly is not
-    installed: how many spikes at most, and the window of the gradient.
+    """SpikingJelly's ``surrogate.MultiLevelSpikeCount`` for :class:`ILIFNode`, which takes either: how many spikes at
+    most, and the window of the gradient.
 
     Args:
         max_spike_count: an integer from 1 on.
+        spiking: whether counts are rounded. Default True, which the node asks for.
         grad_window: ``(low, high)``; the gradient is 1 in it, else 0. Default ``(0, max_spike_count)``.
 
     Raises:
@@ -26,9 +27,9 @@ class MultiLevelSpikeCount:
         ValueError: it is below 1, or the window's ends are in the wrong order.
     """
 
-    spiking = True
-
-    def __init__(self, max_spike_count: int, grad_window: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self, max_spike_count: int, spiking: bool = True, grad_window: tuple[float, float] | None = None
+    ) -> None:
         if not isinstance(max_spike_count, int) or isinstance(max_spike_count, bool):
             raise TypeError(
                 f"MultiLevelSpikeCount: expected max_spike_count to be an integer, got {type(max_spike_count).__name__}"
@@ -39,10 +40,13 @@ class MultiLevelSpikeCount:
                 "MultiLevelSpikeCount: expected max_spike_count from 1 on and grad_window (low, high), "
                 f"got {max_spike_count} and {grad_window}"
             )
-        self.max_spike_count, self.grad_min, self.grad_max = max_spike_count, low, high
+        self.max_spike_count, self.spiking = max_spike_count, spiking
+        self.grad_min, self.grad_max = low, high
 
     def __call__(self, scaled: Tensor) -> Tensor:
         """Spike counts of a membrane that was divided by the threshold."""
+        if not self.spiking:
+            return scaled.clamp(0, self.max_spike_count)
         window = (self.grad_min, self.grad_max)
         # One step without a past: the charge is the current itself.
         return functional.ilif(scaled.unsqueeze(0), max_spikes=self.max_spike_count, grad_window=window)[0].squeeze(0)

@@ -186,6 +186,8 @@ class Leaky(nn.Module):
             spikes, self.mem, mem_seq = self._kernel(x_seq, kernel, True)
             return self._graded(spikes), mem_seq
         steps = [(self._step(x), self.mem) for x in x_seq]
+        if not steps:
+            return torch.empty_like(x_seq), torch.empty_like(x_seq, dtype=self.mem.dtype)
         spk_seq, mem_seq = zip(*steps, strict=True)
         return torch.stack(spk_seq), torch.stack(mem_seq)
 

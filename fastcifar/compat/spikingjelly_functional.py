@@ -1,7 +1,7 @@
 """SpikingJelly 2.0.0's ``functional.*_multi_step`` over our kernels: the same arguments, states passed and returned.
 
 What the arguments mean is said in :mod:`fastcifar.spiking.functional`; ``surrogate_function`` is as in
-:mod:`fastcifar.compat.spikingjelly`. ``neuron_storage`` asks for kernels that exist only in SpikingJelly and is refused;
+:mod:`fastcifar.compat.spikingjelly`. ``neuron_storage`` asks for kernels that only SpikingJelly has and is refused;
 ``neuron_fwd`` and ``neuron_bwd``, which belong to it, are without effect.
 """
 

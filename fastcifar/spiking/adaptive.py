@@ -5,6 +5,7 @@ neurons share."""
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -67,12 +68,21 @@ def izhikevich(
         check_number("izhikevich", name, value)
 
     def plain() -> tuple:
-        own = {"tau": tau, "a0": a0, "v_rest": v_rest, "v_c": v_c, "tau_w": tau_w, "a": a, "b": b, "w_rest": w_rest}
+        own: dict[str, Any] = {
+            "tau": tau,
+            "a0": a0,
+            "v_rest": v_rest,
+            "v_c": v_c,
+            "tau_w": tau_w,
+            "a": a,
+            "b": b,
+            "w_rest": w_rest,
+        }
         return reference.izhikevich(x, v, w, **own, **options)
 
     if w is None and w_rest:
         w = x.new_full(x.shape[1:], w_rest, dtype=_library.state_dtype(x.dtype))
-    more = {"leak": tau, "constants": (a0, v_rest, v_c, tau_w, a, b)}
+    more: dict[str, Any] = {"leak": tau, "constants": (a0, v_rest, v_c, tau_w, a, b)}
     return run("izhikevich", "izhikevich", x, v, w, **more, options=options, spike_format=spike_format, reference=plain)
 
 
@@ -118,7 +128,7 @@ def cuba_lif(
     def plain() -> tuple:
         return reference.cuba_lif(x, v, w, current_decay=current_decay, voltage_decay=voltage_decay, **options)
 
-    more = {"leak": voltage_decay, "gain": current_decay}
+    more: dict[str, Any] = {"leak": voltage_decay, "gain": current_decay}
     return run("cuba_lif", "cuba_lif", x, v, w, **more, options=options, spike_format=spike_format, reference=plain)
 
 
@@ -141,8 +151,8 @@ def alif(
     spike_format: str = "float",
 ) -> TwoStates:
     """Adaptive leaky integrate-and-fire neurons: :func:`~fastcifar.spiking.functional.lif` that fires at ``v_threshold
-    + beta W[t-1]``, where ``W[t] = rho W[t-1] + S[t]`` remembers the spikes. A soft reset subtracts ``v_threshold``. The
-    spike in W is never left out of the gradient.
+    + beta W[t-1]``, where ``W[t] = rho W[t-1] + S[t]`` remembers the spikes. A soft reset subtracts ``v_threshold``.
+    The spike in W is never left out of the gradient.
 
     Args:
         w: adaptation before the first step, ``[N...]``; None starts at 0.
@@ -166,7 +176,7 @@ def alif(
         return reference.alif(x, v, w, tau=tau, decay_input=decay_input, beta=beta, rho=rho, **options)
 
     neuron, leak = lif_neuron("alif", tau, decay_input)
-    more = {"leak": leak, "constants": (beta, rho)}
+    more: dict[str, Any] = {"leak": leak, "constants": (beta, rho)}
     return run("alif", neuron, x, v, w, **more, options=options, spike_format=spike_format, reference=plain)
 
 
@@ -216,7 +226,7 @@ def signed_if(
     Framework for Fast Spiking Neural Networks" (QFFS), Frontiers in Neuroscience 16 (2022);
     ``spikingjelly.activation_based.functional.stbif_multi_step``.
     """
-    options = {
+    options: dict[str, Any] = {
         "v_threshold": v_threshold,
         "surrogate": surrogate,
         "detach_reset": detach_reset,
@@ -235,5 +245,5 @@ def signed_if(
     def plain() -> tuple:
         return reference.signed_if(x, v, w, s_max=s_max, s_min=s_min, **options)
 
-    more = {"constants": (float(s_max), float(s_min))}
+    more: dict[str, Any] = {"constants": (float(s_max), float(s_min))}
     return run("signed_if", "signed_if", x, v, w, **more, options=options, spike_format=spike_format, reference=plain)

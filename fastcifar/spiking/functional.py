@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import reference
-from .adaptive import signed_if
 from .adaptive import alif, cuba_lif, izhikevich, signed_if
 from .neurons import Parameter, check_call, check_number, check_parameter, check_tau, lif_neuron, run, shared_options
 from .surrogate import AnySurrogate
@@ -315,7 +316,7 @@ def klif(
         return reference.klif(x, k, v, tau=tau, decay_input=decay_input, scale_reset=scale_reset, **options)
 
     neuron, leak = lif_neuron("klif", tau, decay_input)
-    more = {"leak": leak, "gain": k, "constants": (float(scale_reset),)}
+    more: dict[str, Any] = {"leak": leak, "gain": k, "constants": (float(scale_reset),)}
     return run("klif", neuron, x, v, **more, options=options, spike_format=spike_format, reference=plain)
 
 
@@ -334,7 +335,8 @@ def ilif(
     spike_format: str = "float",
 ) -> Result:
     """Integer leaky integrate-and-fire neurons, 0 to ``max_spikes`` spikes a step: ``H[t] = (1 - 1 / tau) V[t-1] +
-    X[t]``, ``S[t] = round(clamp(H[t] / v_threshold, 0, max_spikes))`` (ties to even), soft reset; the rest is :func:`lif`'s.
+    X[t]``, ``S[t] = round(clamp(H[t] / v_threshold, 0, max_spikes))`` (ties to even), soft reset; the rest is
+    :func:`lif`'s.
 
     Args:
         tau: above 1, a number or a tensor. Default 4/3.
@@ -347,7 +349,7 @@ def ilif(
     and Energy-efficient Object Detection", ECCV 2024, eqs. 4 to 6;
     ``spikingjelly.activation_based.functional.ilif_multi_step``.
     """
-    options = {
+    options: dict[str, Any] = {
         "v_threshold": v_threshold,
         "detach_reset": detach_reset,
         "store_v_seq": store_v_seq,
@@ -409,7 +411,7 @@ def leaky(
     Source: Eshraghian et al., "Training Spiking Neural Networks Using Lessons From Deep Learning", Proceedings of the
     IEEE 2023, eq. 4; ``snntorch.Leaky`` with ``reset_delay=True``.
     """
-    options = {
+    options: dict[str, Any] = {
         "v_threshold": v_threshold,
         "surrogate": surrogate,
         "store_v_seq": store_v_seq,

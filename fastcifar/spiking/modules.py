@@ -52,19 +52,24 @@ class Neuron(nn.Module):
         super().__init__()
         for name, value in (learnt or {}).items():
             self.register_parameter(name, nn.Parameter(value))
-        self.options = tuple(type(self).function.__kwdefaults__)
+        defaults = self._defaults()
+        self.options = tuple(defaults)
         if unknown := sorted(set(options) - set(self.options)):
             raise TypeError(f"{type(self).__name__}: expected options {', '.join(self.options)}; got {unknown[0]}")
         for name in self.options:
-            value = options.get(name, type(self).function.__kwdefaults__[name])
+            option: Any = options.get(name, defaults[name])
             if name == "surrogate":
-                value = resolve(value, type(self).__name__)
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                self.register_buffer(name, value)
+                option = resolve(option, type(self).__name__)
+            if isinstance(option, Tensor) and not isinstance(option, nn.Parameter):
+                self.register_buffer(name, option)
             else:
-                setattr(self, name, value)
+                setattr(self, name, option)
         self.reset()
         self._check()
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        return dict(cls.function.__kwdefaults__ or {})
 
     def _check(self) -> None:
         """Raises the function's errors in the module's name."""
@@ -116,7 +121,7 @@ class Neuron(nn.Module):
         values = {name: getattr(self, name) for name in self.options}
         shown = {n: f"tensor{list(v.shape)}" if isinstance(v, Tensor) else v for n, v in values.items()}
         hidden = ("scale", "shift", "spike_format", "store_v_seq")
-        defaults = type(self).function.__kwdefaults__
+        defaults = self._defaults()
         return ", ".join(f"{n}={v}" for n, v in shown.items() if n not in hidden or v is not defaults[n])
 
 

@@ -66,9 +66,8 @@ def run(
     tensors: list[Tensor | None] = []
     numbers: list[float] = []
     for p in (leak, options["v_threshold"], gain):
-        given = isinstance(p, Tensor)
-        tensors.append(p.to(dtype) if given else None)
-        numbers.append(0.0 if given else p)
+        tensors.append(p.to(dtype) if isinstance(p, Tensor) else None)
+        numbers.append(0.0 if isinstance(p, Tensor) else p)
     for p in (scale, shift):
         tensors.append(None if p is None else p.to(dtype))
     graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, v, w, *tensors))
@@ -105,7 +104,7 @@ def _formatted(spikes: Tensor, spike_format: str, neuron: str) -> Tensor | Packe
     return spikes.to(torch.uint8) if spike_format == "uint8" else spikes
 
 
-# ---- checks: each raises what the public functions document ------------------------------------------------------------
+# ---- checks: each raises what the public functions document ----------------------------------------------------------
 
 
 def shared_options(

@@ -8,6 +8,7 @@ numbers that is not halfway between two integers is further from there than floa
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from .. import _library
 from .functional import integrate_and_fire, signed_if
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
+_IN_CACHE = 2**16  # elements: half a mebibyte of float64
 
 
 def qcfs(x: Tensor, threshold: Tensor, levels: int = 8) -> Tensor:
@@ -152,7 +155,7 @@ class LSQ(nn.Module):
         >>> from fastcifar.spiking import LSQ
         >>> activation = LSQ(bits=2)
         >>> activation(torch.tensor([-1.0, 0.5, 1.5])).unique().numel(), round(activation.step.item(), 4)
-        (3, 1.1547)
+        (2, 1.1547)
     """
 
     def __init__(self, bits: int = 4, signed: bool = False, init: float | None = None) -> None:
@@ -317,18 +320,46 @@ def _check_levels(op: str, levels: int) -> None:
         raise ValueError(f"{op}: expected levels above 0, got {levels}")
 
 
-def _quantised(x: Tensor, step: Tensor, factor: int, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """``x factor / step`` and its count between the bounds, in float64. The product is exact and the division rounds
-    correctly, so that a quotient that is halfway between two integers comes out as that."""
-    ratio = x.double().mul(factor).div_(step.double())
-    return ratio, ratio.clamp(low, high).add_(0.5).floor_()
+def _quantised(x: Tensor, step: Tensor, levels: int, low: int, high: int) -> Tensor:
+    """``step / levels * floor(clip(x levels / step, low, high) + 1/2)``, decided and computed in float64."""
+    size = x[0].numel() if x.dim() and len(x) else 0
+    over_rows = step.dim() == x.dim() and step.dim() > 0 and step.shape[0] > 1
+    whole = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if whole or over_rows or x.numel() <= 2 * _IN_CACHE or size == 0:
+        return _quantised_at_once(x, step, levels, low, high)
+    # A pass over float64 costs twice one over x, and there are six: they stay in the second-level cache.
+    y, rows = torch.empty_like(x), max(1, _IN_CACHE // size)
+    for part, out in zip(x.split(rows), y.split(rows), strict=True):
+        out.copy_(_quantised_at_once(part, step, levels, low, high))
+    return y
 
 
-def _summed_to(grad: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of what was broadcast from ``shape``."""
-    extra = grad.dim() - len(shape)
-    dims = [d for d in range(grad.dim()) if d < extra or shape[d - extra] == 1]
-    return (grad.sum(dims) if dims else grad).reshape(shape)
+def _quantised_at_once(x: Tensor, step: Tensor, levels: int, low: int, high: int) -> Tensor:
+    """The product is exact and the division rounds correctly, so that a quotient that is halfway between two integers
+    comes out as that. Dividing the step by a power of two is exact as well, and costs no pass over memory."""
+    wide, unit = x.double(), step.double()
+    if levels & (levels - 1):
+        count = (wide * levels).div_(unit).clamp(low, high).add_(0.5).floor_()
+        return count.mul_(unit).div_(levels).to(x.dtype)
+    unit = unit / levels
+    return (wide / unit).clamp(low, high).add_(0.5).floor_().mul_(unit).to(x.dtype)
+
+
+def _gradients(op: str, grad: Tensor, x: Tensor, step: Tensor, y: Tensor, inside: Tensor, ctx: Any) -> list:
+    """Of ``y = step q(x / step)``, whose rounding passes the gradient on ``inside``: ``dy/dstep = q - (x / step where
+    inside) = (y - (x where inside)) / step``."""
+    wants_x, wants_step, *_ = ctx.needs_input_grad
+    grads: list[Tensor | None] = [None, None]
+    with torch.no_grad():
+        if wants_x:
+            grads[0] = torch.where(inside, grad, 0)
+        if wants_step:
+            terms = (y - torch.where(inside, x.to(y.dtype), 0)).mul_(grad)
+            extra = x.dim() - step.dim()
+            dims = [d for d in range(x.dim()) if d < extra or step.shape[d - extra] == 1]
+            summed = terms.sum(dims, dtype=torch.float64) if dims else terms.double()
+            grads[1] = summed.reshape(step.shape).div(step.double()).to(step.dtype)
+    return [None if g is None else _library.differentiable_once(op, g, grad, x, step) for g in grads]
 
 
 class _QCFS(torch.autograd.Function):
@@ -336,31 +367,21 @@ class _QCFS(torch.autograd.Function):
 
     @staticmethod
     def forward(x, threshold, levels):
-        _, count = _quantised(x, threshold, levels, 0, levels)
-        return count.mul_(threshold.double()).div_(levels).to(x.dtype)
+        return _quantised(x, threshold, levels, 0, levels)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, threshold, ctx.levels = inputs
-        ctx.save_for_backward(x, threshold)
+        ctx.save_for_backward(x, threshold, output)
 
     @staticmethod
     def backward(ctx, grad):
-        x, threshold = ctx.saved_tensors
-        wants_x, wants_threshold, _ = ctx.needs_input_grad
+        x, threshold, y = ctx.saved_tensors
         with torch.no_grad():
+            if x.dtype in _HALF:  # there y is too coarse to subtract x from
+                y = _quantised(x.float(), threshold, ctx.levels, 0, ctx.levels)
             inside = (x >= 0) & (x <= threshold)
-            grad_x = torch.where(inside, grad, 0) if wants_x else None
-            grad_threshold = None
-            if wants_threshold:
-                ratio, count = _quantised(x, threshold, ctx.levels, 0, ctx.levels)
-                slope = count.sub_(ratio.masked_fill_(~inside, 0)).div_(ctx.levels)
-                grad_threshold = _summed_to(slope.mul_(grad), threshold.shape).to(threshold.dtype)
-        once = [
-            None if g is None else _library.differentiable_once("qcfs", g, grad, x, threshold)
-            for g in (grad_x, grad_threshold)
-        ]
-        return *once, None
+        return *_gradients("qcfs", grad, x, threshold, y, inside, ctx), None
 
 
 class _LSQ(torch.autograd.Function):
@@ -368,31 +389,24 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(x, step, low, high, grad_scale):
-        _, count = _quantised(x, step, 1, low, high)
-        return count.mul_(step.double()).to(x.dtype)
+        return _quantised(x, step, 1, low, high)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, step, ctx.low, ctx.high, ctx.grad_scale = inputs
-        ctx.save_for_backward(x, step)
+        ctx.save_for_backward(x, step, output)
 
     @staticmethod
     def backward(ctx, grad):
-        x, step = ctx.saved_tensors
-        wants_x, wants_step, *_ = ctx.needs_input_grad
+        x, step, y = ctx.saved_tensors
         with torch.no_grad():
-            ratio, count = _quantised(x, step, 1, ctx.low, ctx.high)
-            inside = (ratio > ctx.low) & (ratio < ctx.high)
-            grad_x = torch.where(inside, grad, 0) if wants_x else None
-            grad_step = None
-            if wants_step:
-                slope = count.sub_(ratio.masked_fill_(~inside, 0))
-                summed = _summed_to(slope.mul_(grad), step.shape)
-                grad_step = summed.mul(ctx.grad_scale).to(step.dtype)
-        once = [
-            None if g is None else _library.differentiable_once("lsq", g, grad, x, step) for g in (grad_x, grad_step)
-        ]
-        return *once, None, None, None
+            if x.dtype in _HALF:
+                y = _quantised(x.float(), step, 1, ctx.low, ctx.high)
+            # Bounds in float64, where they are exact; with x's dimensions, as a scalar would be rounded to x's dtype.
+            wide = step.double().reshape((1,) * (x.dim() - step.dim()) + step.shape)
+            inside = (x > wide * ctx.low) & (x < wide * ctx.high)
+        grad_x, grad_step = _gradients("lsq", grad, x, step, y, inside, ctx)
+        return grad_x, None if grad_step is None else grad_step * ctx.grad_scale, None, None, None
 
 
 _apply_qcfs = _library.direct_apply(_QCFS)

@@ -145,7 +145,8 @@ def izhikevich(
     **options: Any,
 ) -> TwoStates:
     """``H = V + (X + a0 (V - V_rest) (V - V_c) - W) / tau``, ``W' = W + (a (H - V_rest) - W) / tau_w + b S``;
-    Izhikevich, IEEE Trans. Neural Networks 2003, in SpikingJelly's form. The spike in W' is never left out of the gradient."""
+    Izhikevich, IEEE Trans. Neural Networks 2003, in SpikingJelly's form. The spike in W' is never left out of the
+    gradient."""
     tau_, tau_w_ = _tensor(tau, x, v), _tensor(tau_w, x, v)
 
     def charge(v: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

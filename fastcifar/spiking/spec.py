@@ -178,6 +178,7 @@ def _neuron(
         sample=_sampler(states, parameters, currents),
         options=tuple(options),
         differentiable=("x", *states, *parameters),
+        broadcast=tuple(parameters),
         exact=tuple(range(outputs)) if exact else (),
         comparable=_comparable,
         sure=None if exact else _sure,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Surrogate:
 
     name: ClassVar[str]
     kernel_id: ClassVar[int]  # the number by which kernels know the form (SurrogateId in csrc/cpu/spiking.h)
+
+    def __init_subclass__(cls, *, name: str = "", kernel_id: int = -1) -> None:
+        cls.name, cls.kernel_id = name, kernel_id
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,12 +66,10 @@ class Surrogate:
 
 
 @dataclass(frozen=True)
-class ATan(Surrogate):
+class ATan(Surrogate, name="atan", kernel_id=0):
     r"""``g(u) = (a / 2) / (1 + (pi / 2 * a * u)^2)``: SpikingJelly's ``ATan``, snnTorch's ``atan``."""
 
     alpha: float = 2.0
-    name: ClassVar[str] = "atan"
-    kernel_id: ClassVar[int] = 0
 
     def numbers(self) -> Numbers:
         return self.alpha / 2, math.pi / 2 * self.alpha, 0.0
@@ -78,15 +79,13 @@ class ATan(Surrogate):
 
 
 @dataclass(frozen=True)
-class Sigmoid(Surrogate):
+class Sigmoid(Surrogate, name="sigmoid", kernel_id=1):
     r"""``g(u) = a * sigmoid(a u) * (1 - sigmoid(a u))``: SpikingJelly's ``Sigmoid`` (4), snnTorch's ``sigmoid`` (25).
 
     Computed as ``a * e / (1 + e)^2`` with ``e = exp(-|a u|)``, which neither overflows nor cancels.
     """
 
     alpha: float = 4.0
-    name: ClassVar[str] = "sigmoid"
-    kernel_id: ClassVar[int] = 1
 
     def numbers(self) -> Numbers:
         return self.alpha, self.alpha, 0.0
@@ -96,13 +95,11 @@ class Sigmoid(Surrogate):
 
 
 @dataclass(frozen=True)
-class PiecewiseQuadratic(Surrogate):
+class PiecewiseQuadratic(Surrogate, name="piecewise_quadratic", kernel_id=2):
     r"""``g(u) = max(0, a - a^2 |u|)``, the triangle: SpikingJelly's ``PiecewiseQuadratic``; with ``a = 1 / gamma`` the
     ZIF of ANN_SNN_QCFS."""
 
     alpha: float = 1.0
-    name: ClassVar[str] = "piecewise_quadratic"
-    kernel_id: ClassVar[int] = 2
 
     def numbers(self) -> Numbers:
         return self.alpha, self.alpha**2, 1 / self.alpha
@@ -113,12 +110,10 @@ class PiecewiseQuadratic(Surrogate):
 
 
 @dataclass(frozen=True)
-class Rectangular(Surrogate):
+class Rectangular(Surrogate, name="rectangular", kernel_id=3):
     r"""``g(u) = a`` where ``|u| < 1 / (2 a)``, else 0: SpikingJelly's ``Rect``."""
 
     alpha: float = 1.0
-    name: ClassVar[str] = "rectangular"
-    kernel_id: ClassVar[int] = 3
 
     def numbers(self) -> Numbers:
         return self.alpha, 0.0, 0.5 / self.alpha
@@ -128,28 +123,24 @@ class Rectangular(Surrogate):
 
 
 @dataclass(frozen=True)
-class PiecewiseLeakyReLU(Surrogate):
+class PiecewiseLeakyReLU(Surrogate, name="piecewise_leaky_relu", kernel_id=3):
     r"""``g(u) = 1 / (2 w)`` where ``|u| < w``, else ``c``: SpikingJelly's ``PiecewiseLeakyReLU``."""
 
     width: float = 1.0
     c: float = 0.01
-    name: ClassVar[str] = "piecewise_leaky_relu"
-    kernel_id: ClassVar[int] = 3
 
     def numbers(self) -> Numbers:
         return 1 / (2 * self.width), self.c, self.width
 
     def grad(self, u: Tensor) -> Tensor:
-        return torch.where(u.abs() < self.width, 1 / (2 * self.width), self.c).to(u.dtype)
+        return _either(u.abs() < self.width, 1 / (2 * self.width), self.c, u)
 
 
 @dataclass(frozen=True)
-class PiecewiseExp(Surrogate):
+class PiecewiseExp(Surrogate, name="piecewise_exp", kernel_id=4):
     r"""``g(u) = a / 2 * exp(-a |u|)``: SpikingJelly's ``PiecewiseExp``."""
 
     alpha: float = 1.0
-    name: ClassVar[str] = "piecewise_exp"
-    kernel_id: ClassVar[int] = 4
 
     def numbers(self) -> Numbers:
         return self.alpha / 2, self.alpha, 0.0
@@ -159,13 +150,11 @@ class PiecewiseExp(Surrogate):
 
 
 @dataclass(frozen=True)
-class SpikeRateEscape(Surrogate):
+class SpikeRateEscape(Surrogate, name="spike_rate_escape", kernel_id=4):
     r"""``g(u) = slope * exp(-beta |u - 1|)``: snnTorch's ``spike_rate_escape``."""
 
     beta: float = 1.0
     slope: float = 25.0
-    name: ClassVar[str] = "spike_rate_escape"
-    kernel_id: ClassVar[int] = 4
 
     def numbers(self) -> Numbers:
         return self.slope, self.beta, 1.0
@@ -175,12 +164,10 @@ class SpikeRateEscape(Surrogate):
 
 
 @dataclass(frozen=True)
-class SoftSign(Surrogate):
+class SoftSign(Surrogate, name="soft_sign", kernel_id=5):
     r"""``g(u) = 1 / (2 a (1 / a + |u|)^2)``: SpikingJelly's ``SoftSign``."""
 
     alpha: float = 2.0
-    name: ClassVar[str] = "soft_sign"
-    kernel_id: ClassVar[int] = 5
 
     def numbers(self) -> Numbers:
         return 1 / (2 * self.alpha), 1 / self.alpha, 1.0
@@ -190,12 +177,10 @@ class SoftSign(Surrogate):
 
 
 @dataclass(frozen=True)
-class SuperSpike(Surrogate):
+class SuperSpike(Surrogate, name="super_spike", kernel_id=5):
     r"""``g(u) = a / (1 + |u|)^2``: SpikingJelly's ``SuperSpike``."""
 
     alpha: float = 1.0
-    name: ClassVar[str] = "super_spike"
-    kernel_id: ClassVar[int] = 5
 
     def numbers(self) -> Numbers:
         return self.alpha, 1.0, 1.0
@@ -205,12 +190,10 @@ class SuperSpike(Surrogate):
 
 
 @dataclass(frozen=True)
-class FastSigmoid(Surrogate):
+class FastSigmoid(Surrogate, name="fast_sigmoid", kernel_id=5):
     r"""``g(u) = 1 / (1 + k |u|)^2``: snnTorch's ``fast_sigmoid``."""
 
     slope: float = 25.0
-    name: ClassVar[str] = "fast_sigmoid"
-    kernel_id: ClassVar[int] = 5
 
     def numbers(self) -> Numbers:
         return 1.0, 1.0, self.slope
@@ -220,13 +203,11 @@ class FastSigmoid(Surrogate):
 
 
 @dataclass(frozen=True)
-class SparseFastSigmoid(Surrogate):
+class SparseFastSigmoid(Surrogate, name="sparse_fast_sigmoid", kernel_id=14):
     r"""``g(u) = 1 / (1 + k |u|)^2`` where ``u > B``, else 0: snnTorch's ``SFS``."""
 
     slope: float = 25.0
     B: float = 1.0
-    name: ClassVar[str] = "sparse_fast_sigmoid"
-    kernel_id: ClassVar[int] = 14
 
     def numbers(self) -> Numbers:
         return self.slope, self.B, 0.0
@@ -236,12 +217,10 @@ class SparseFastSigmoid(Surrogate):
 
 
 @dataclass(frozen=True)
-class Erf(Surrogate):
+class Erf(Surrogate, name="erf", kernel_id=6):
     r"""``g(u) = a / sqrt(pi) * exp(-(a u)^2)``: SpikingJelly's ``Erf``."""
 
     alpha: float = 2.0
-    name: ClassVar[str] = "erf"
-    kernel_id: ClassVar[int] = 6
 
     def numbers(self) -> Numbers:
         return self.alpha / math.sqrt(math.pi), self.alpha, 0.0
@@ -251,12 +230,10 @@ class Erf(Surrogate):
 
 
 @dataclass(frozen=True)
-class NonzeroSignLogAbs(Surrogate):
+class NonzeroSignLogAbs(Surrogate, name="nonzero_sign_log_abs", kernel_id=7):
     r"""``g(u) = 1 / (1 / a + |u|)``: SpikingJelly's ``NonzeroSignLogAbs``."""
 
     alpha: float = 1.0
-    name: ClassVar[str] = "nonzero_sign_log_abs"
-    kernel_id: ClassVar[int] = 7
 
     def numbers(self) -> Numbers:
         return 1.0, 1 / self.alpha, 0.0
@@ -266,28 +243,23 @@ class NonzeroSignLogAbs(Surrogate):
 
 
 @dataclass(frozen=True)
-class LeakyKReLU(Surrogate):
+class LeakyKReLU(Surrogate, name="leaky_k_relu", kernel_id=8):
     r"""``g(u) = k`` where ``u >= 0``, else ``leak``: SpikingJelly's ``LeakyKReLU``; with both 1 its
     ``DeterministicPass`` and snnTorch's ``straight_through_estimator``."""
 
     leak: float = 0.0
     k: float = 1.0
-    name: ClassVar[str] = "leaky_k_relu"
-    kernel_id: ClassVar[int] = 8
 
     def numbers(self) -> Numbers:
         return self.k, self.leak, 0.0
 
     def grad(self, u: Tensor) -> Tensor:
-        return torch.where(u >= 0, self.k, self.leak).to(u.dtype)
+        return _either(u >= 0, self.k, self.leak, u)
 
 
 @dataclass(frozen=True)
-class DeterministicPass(Surrogate):
+class DeterministicPass(Surrogate, name="deterministic_pass", kernel_id=8):
     r"""``g(u) = 1``: SpikingJelly's ``DeterministicPass``, snnTorch's ``straight_through_estimator``."""
-
-    name: ClassVar[str] = "deterministic_pass"
-    kernel_id: ClassVar[int] = 8
 
     def numbers(self) -> Numbers:
         return 1.0, 1.0, 0.0
@@ -297,46 +269,40 @@ class DeterministicPass(Surrogate):
 
 
 @dataclass(frozen=True)
-class LeakySpike(Surrogate):
+class LeakySpike(Surrogate, name="leaky_spike", kernel_id=8):
     r"""``g(u) = 1`` where ``u > 0``, else ``slope``: snnTorch's ``LSO`` as documented (snnTorch 1.0.0's own raises);
     with slope 0 its ``heaviside``."""
 
     leak: float = 0.1
-    name: ClassVar[str] = "leaky_spike"
-    kernel_id: ClassVar[int] = 8
 
     def numbers(self) -> Numbers:
         return 1.0, self.leak, _STRICTLY_ABOVE
 
     def grad(self, u: Tensor) -> Tensor:
-        return torch.where(u > 0, 1.0, self.leak).to(u.dtype)
+        return _either(u > 0, 1.0, self.leak, u)
 
 
 @dataclass(frozen=True)
-class Triangular(Surrogate):
+class Triangular(Surrogate, name="triangular", kernel_id=8):
     r"""``g(u) = -threshold`` where ``u >= 0``, else ``threshold``: snnTorch's ``triangular``, whose sign above the
     threshold is the opposite of a derivative's; kept so that networks trained there train the same here."""
 
     threshold: float = 1.0
-    name: ClassVar[str] = "triangular"
-    kernel_id: ClassVar[int] = 8
 
     def numbers(self) -> Numbers:
         return -self.threshold, self.threshold, 0.0
 
     def grad(self, u: Tensor) -> Tensor:
-        return torch.where(u >= 0, -self.threshold, self.threshold).to(u.dtype)
+        return _either(u >= 0, -self.threshold, self.threshold, u)
 
 
 @dataclass(frozen=True)
-class S2NN(Surrogate):
+class S2NN(Surrogate, name="s2nn", kernel_id=9):
     r"""``g(u) = a * sigmoid(a u) * (1 - sigmoid(a u))`` where ``u < 0``, else ``b / (u + 1)``: SpikingJelly's
     ``S2NN``."""
 
     alpha: float = 4.0
     beta: float = 1.0
-    name: ClassVar[str] = "s2nn"
-    kernel_id: ClassVar[int] = 9
 
     def numbers(self) -> Numbers:
         return self.alpha, self.beta, 0.0
@@ -346,12 +312,10 @@ class S2NN(Surrogate):
 
 
 @dataclass(frozen=True)
-class QPseudoSpike(Surrogate):
+class QPseudoSpike(Surrogate, name="q_pseudo_spike", kernel_id=10):
     r"""``g(u) = (1 + 2 |u| / (a - 1))^-a``, ``a > 1``: SpikingJelly's ``QPseudoSpike``."""
 
     alpha: float = 2.0
-    name: ClassVar[str] = "q_pseudo_spike"
-    kernel_id: ClassVar[int] = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -366,14 +330,12 @@ class QPseudoSpike(Surrogate):
 
 
 @dataclass(frozen=True)
-class SquarewaveFourierSeries(Surrogate):
+class SquarewaveFourierSeries(Surrogate, name="squarewave_fourier_series", kernel_id=11):
     r"""``g(u) = 4 / T * sum of cos((2 i - 1) 2 pi u / T) for i in 1 .. n - 1``: SpikingJelly's
     ``SquarewaveFourierSeries``."""
 
     n: int = 2
     period: float = 8.0
-    name: ClassVar[str] = "squarewave_fourier_series"
-    kernel_id: ClassVar[int] = 11
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -393,33 +355,34 @@ class SquarewaveFourierSeries(Surrogate):
 
 
 @dataclass(frozen=True)
-class LogTailedReLU(Surrogate):
+class LogTailedReLU(Surrogate, name="log_tailed_relu", kernel_id=12):
     r"""``g(u) = leak`` where ``u <= 0``, 1 up to 1, and ``1 / u`` beyond: SpikingJelly's ``LogTailedReLU``."""
 
     leak: float = 0.0
-    name: ClassVar[str] = "log_tailed_relu"
-    kernel_id: ClassVar[int] = 12
 
     def numbers(self) -> Numbers:
         return self.leak, 0.0, 0.0
 
     def grad(self, u: Tensor) -> Tensor:
-        return torch.where(u > 1, 1 / u, torch.where(u <= 0, self.leak, 1.0)).to(u.dtype)
+        return torch.where(u > 1, 1 / u, _either(u <= 0, self.leak, 1.0, u))
 
 
 @dataclass(frozen=True)
-class FakeNumericalGradient(Surrogate):
+class FakeNumericalGradient(Surrogate, name="fake_numerical_gradient", kernel_id=13):
     r"""``g(u) = min(1 / |u|, a)``: SpikingJelly's ``FakeNumericalGradient``."""
 
     alpha: float = 0.3
-    name: ClassVar[str] = "fake_numerical_gradient"
-    kernel_id: ClassVar[int] = 13
 
     def numbers(self) -> Numbers:
         return self.alpha, 0.0, 0.0
 
     def grad(self, u: Tensor) -> Tensor:
         return (1 / u.abs()).clamp_max(self.alpha)
+
+
+def _either(mask: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """Two numbers in the dtype of ``like``; torch.where alone would round them to float32."""
+    return torch.full_like(like, no).masked_fill(mask, yes)
 
 
 def _bell(alpha: float, u: Tensor) -> Tensor:
@@ -481,6 +444,6 @@ def resolve(surrogate: AnySurrogate, op: str = "surrogate") -> Surrogate | Calla
     )
 
 
-def in_kernel(surrogate: object) -> bool:
+def in_kernel(surrogate: object) -> TypeGuard[Surrogate]:
     """Whether kernels know this surrogate; others run step by step in PyTorch."""
     return type(surrogate) in KERNEL_TYPES
