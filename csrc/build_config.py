@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-FAMILIES = ["spiking"]
+FAMILIES = ["spiking", "packed"]  # and what of a family has files of its own
 ISAS = ["baseline", "avx2", "avx512"]
 
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.
@@ -28,6 +29,7 @@ HEADERS = [
 # -ffp-contract=off: g++ otherwise fuses a multiplication and an addition into one rounding, and the result differs from
 # eager PyTorch. TORCH_TARGET_VERSION: torch's stable ABI as of 2.10. Py_LIMITED_API: CPython's as of 3.10.
 CXX_FLAGS = [
+    f"-ffile-prefix-map={Path(__file__).parent.parent}/=",  # an error names the source, not the folder it was built in
     *("-O3", "-g0", "-std=c++20", "-ffp-contract=off", "-fvisibility=hidden"),
     *("-Wall", "-Wno-maybe-uninitialized"),  # gcc 12 warns of its own AVX-512 header
 ]

@@ -48,6 +48,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   // spiking
   m.impl("neuron_forward", TORCH_BOX(&fastcifar::neuron_forward));
   m.impl("neuron_backward", TORCH_BOX(&fastcifar::neuron_backward));
+  m.impl("packed_conv", TORCH_BOX(&fastcifar::packed_conv));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -19,4 +19,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_backward(
     OptionalTensor scale, OptionalTensor shift, int64_t neuron, std::vector<double> numbers,
     std::optional<double> v_reset, int64_t surrogate, std::vector<double> widths, bool detach_reset, int64_t wanted);
 
+// A convolution of spikes that are bits, [images, height, width, channels / 8], float32 out [images, y, x, outputs].
+Tensor packed_conv(Tensor bits, Tensor weight, OptionalTensor bias, int64_t height, int64_t width,
+                   std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                   std::vector<int64_t> dilation);
+
 }  // namespace fastcifar

@@ -231,15 +231,22 @@ def _neuron_backward_vmap(info, in_dims, *arguments):
     where = (1, 0, 0, 1, 1, 0, 0)
     sequences = [_move(t, d, to, size) for t, d, to in zip(arguments[:7], in_dims[:7], where, strict=True)]
     x, v, w = sequences[4:]
+    assert x is not None
     # A gradient that is wanted belongs to one sample, so each sample has a parameter of its own.
     parameters = [
         _batched_parameter(p, d, x.dim() - 2, size, bool(wanted >> i & 1))
         for i, (p, d) in enumerate(zip(arguments[7:12], in_dims[7:12], strict=True))
     ]
     *grads, flat = torch.ops.fastcifar.neuron_backward(*sequences, *parameters, *arguments[12:])
-    counts = [p.numel() for i, p in enumerate(parameters) if wanted >> i & 1]
+    counts = [p.numel() for i, p in enumerate(parameters) if p is not None and wanted >> i & 1]
     flat = torch.cat([part.view(size, -1) for part in flat.split(counts)], 1) if counts else flat
     return (*grads, flat), (1, None if v is None else 0, None if w is None else 0, 0 if counts else None)
+
+
+def _packed_conv_fake(bits, weight, bias, height, width, kernel, stride, padding, dilation):
+    sizes = zip((height, width), kernel, stride, padding, dilation, strict=True)
+    out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+    return weight.new_empty((bits.shape[0], *out, weight.shape[1]))
 
 
 _define()
@@ -251,6 +258,10 @@ for _op, _fake, _vmap in (
     torch.library.register_vmap(f"{NAMESPACE}::{_op}", _vmap, lib=_keep[0])
     if WHY_NO_EXTENSION is None:
         OWNERS[_op, "cpu"] = "C++, csrc/cpu/spiking.inl"
+
+torch.library.register_fake(f"{NAMESPACE}::packed_conv", _packed_conv_fake, lib=_keep[0])
+if WHY_NO_EXTENSION is None:
+    OWNERS["packed_conv", "cpu"] = "C++, csrc/cpu/packed.inl"
 
 if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
     _triton("spiking", "neuron_forward", "neuron_backward")

@@ -60,11 +60,11 @@ def doctor() -> str:
     }
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
     lines += ["", f"{'op':<28} {'device':<7} served by"]
-    for spec in all_specs():
-        for op in spec.raw_ops:
-            for device in ("cpu", "cuda"):
-                reference = f"the PyTorch reference, fastcifar/{spec.family}/reference.py"
-                lines.append(f"{op:<28} {device:<7} {_library.OWNERS.get((op, device), reference)}")
+    references = {op: f"fastcifar/{spec.family}/reference.py" for spec in all_specs() for op in spec.raw_ops}
+    references |= {op: "torch's own ops" for op, _ in _library.OWNERS if op not in references}
+    for op, reference in references.items():
+        for device in ("cpu", "cuda"):
+            lines.append(f"{op:<28} {device:<7} {_library.OWNERS.get((op, device), f'plain PyTorch, {reference}')}")
     return "\n".join(lines)
 
 
@@ -86,7 +86,7 @@ def selftest() -> bool:
                 ]
                 good &= not problems
                 verdict = "ok" if not problems else "WRONG: " + "; ".join(problems[:3])
-                case = f"{spec.name:<12} {device:<5} {str(dtype).removeprefix('torch.'):<9}"
+                case = f"{spec.name:<18} {device:<5} {str(dtype).removeprefix('torch.'):<9}"
                 print(f"{case} {time.perf_counter() - started:6.2f} s  {verdict}", flush=True)
     print(
         "every op equals its reference" if good else "some op does not equal its reference: please report this output"

@@ -8,20 +8,21 @@ import pytest
 host = pytest.importorskip("fastcifar._host", reason="fastcifar._host is not built (FASTCIFAR_HOST=1)")
 
 ISAS = host.isas()
+LIF = 1  # NeuronId in csrc/cpu/spiking.h
 by_isa = pytest.mark.parametrize("isa", ISAS)
 
 
 def _exp(isa, x):
     out = np.empty_like(x)
-    host.exp_nonpositive(isa, x.dtype.name, x, out)
+    host.exp(isa, x.dtype.name, x, out)
     return out
 
 
 @by_isa
 def test_exp_is_within_its_documented_bound_in_float32(isa):
     rng = np.random.default_rng(0)
-    x = -np.concatenate([np.linspace(0, 110, 400_001), rng.exponential(1, 400_000), 2.0 ** np.arange(-30, 7)])
-    x = x.astype(np.float32)
+    x = np.concatenate([np.linspace(0, 88.7, 400_001), rng.exponential(1, 400_000), 2.0 ** np.arange(-30, 6.4)])
+    x = np.concatenate([x, -x, -np.linspace(88, 110, 100_001)]).astype(np.float32)
     truth = np.exp(x.astype(np.float64))
     ulp = np.spacing(truth.astype(np.float32)).astype(np.float64)
     assert (np.abs(_exp(isa, x).astype(np.float64) - truth) / ulp).max() <= 1.5
@@ -30,7 +31,7 @@ def test_exp_is_within_its_documented_bound_in_float32(isa):
 @by_isa
 def test_exp_is_within_its_documented_bound_in_float64(isa):
     rng = np.random.default_rng(0)
-    x = -np.concatenate([np.linspace(0, 744, 100_001), rng.exponential(1, 100_000)])
+    x = np.concatenate([np.linspace(-744, 709.7, 200_001), rng.exponential(1, 50_000), -rng.exponential(1, 50_000)])
     truth = np.exp(x.astype(np.longdouble))  # the x87 format has 64 bits of mantissa
     ulp = np.spacing(truth.astype(np.float64)).astype(np.longdouble)
     assert (np.abs(_exp(isa, x).astype(np.longdouble) - truth) / ulp).max() <= 1.5
@@ -39,11 +40,12 @@ def test_exp_is_within_its_documented_bound_in_float64(isa):
 @by_isa
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_exp_at_the_ends(isa, dtype):
-    x = np.array([0.0, -0.0, -math.inf, math.nan, -1e30, -800.0], dtype)
+    x = np.array([0.0, -0.0, -math.inf, math.nan, -1e30, -800.0, math.inf, 1e30, 800.0], dtype)
     out = _exp(isa, x)
     assert out[0] == out[1] == 1
     assert (out[[2, 4, 5]] == 0).all()
     assert np.isnan(out[3])
+    assert np.isposinf(out[6:]).all()
 
 
 @by_isa
@@ -103,7 +105,7 @@ def _lif(isa, dtype, x, v, stream=False, v_reset=0.0):
     """The forward kernel; x in the storage type."""
     steps, neurons = x.shape
     spikes, v_last = np.empty_like(x), np.empty(neurons, np.float64 if dtype == "float64" else np.float32)
-    host.lif_forward(isa, dtype, steps, neurons, x, v, spikes, v_last, v_reset=v_reset, stream=stream)
+    host.neuron_forward(isa, dtype, LIF, steps, neurons, x, v, spikes, v_last, v_reset=v_reset, stream=stream)
     return spikes, v_last
 
 
@@ -134,7 +136,7 @@ def test_streaming_stores_write_the_same_bits(isa):
     aligned = room[start : start + steps * neurons].reshape(steps, neurons)
     x = rng.standard_normal((steps, neurons)).astype(np.float32) * 2
     v_last = np.empty(neurons, np.float32)
-    host.lif_forward(isa, "float32", steps, neurons, x, None, aligned, v_last, stream=True)
+    host.neuron_forward(isa, "float32", LIF, steps, neurons, x, None, aligned, v_last, stream=True)
     plain, plain_v = _lif(isa, "float32", x, None)
     np.testing.assert_array_equal(aligned, plain)
     np.testing.assert_array_equal(v_last, plain_v)
@@ -146,15 +148,20 @@ def test_every_instruction_set_gives_the_same_bits():
     for dtype, storage in (("float32", np.float32), ("float64", np.float64), ("float16", np.float16)):
         x = (rng.standard_normal((steps, neurons)) * 2).astype(storage)
         g = rng.standard_normal((steps, neurons)).astype(storage)
-        for surrogate in range(4):
+        state = np.float64 if dtype == "float64" else np.float32
+        cases = [(neuron, 0) for neuron in range(18)] + [(LIF, surrogate) for surrogate in range(1, 15)]
+        for neuron, surrogate in cases:
             results = []
             for isa in ISAS:
-                grad_x = np.empty_like(x)
-                host.lif_backward(
-                    isa, dtype, steps, neurons, g, None, None, x, None, grad_x, None, tau=3.0, surrogate=surrogate
+                out, v_last, grad_x = np.empty_like(x), np.empty(neurons, state), np.empty_like(x)
+                numbers = [3.0, 1.0, 0.8, 1.0, 0.5, 0.5, 2.0, 0.1, 0.2]
+                host.neuron_forward(isa, dtype, neuron, steps, neurons, x, None, out, v_last, numbers=numbers)
+                host.neuron_backward(
+                    *(isa, dtype, neuron, steps, neurons, g, None, None, x, None, grad_x, None),
+                    numbers=numbers, surrogate=surrogate, widths=[1.0, 2.0, 3.0],
                 )
-                results.append(grad_x.tobytes())
-            assert len(set(results)) == 1
+                results.append((out.tobytes(), v_last.tobytes(), grad_x.tobytes()))
+            assert len(set(results)) == 1, (dtype, neuron, surrogate)
 
 
 def test_wrong_buffers_are_refused():

@@ -69,7 +69,7 @@ assert torch.equal(a, b)
     assert pure in _python("-c", code, PYTHONPATH=pure).stdout
     shown = _python("-m", "fastcifar", "doctor", PYTHONPATH=pure).stdout
     assert "references only: the C++ extension is not built" in shown
-    assert re.search(r"lif_forward +cpu +the PyTorch reference", shown)
+    assert re.search(r"neuron_forward +cpu +the PyTorch reference", shown)
     assert "every op equals its reference" in _python("-m", "fastcifar", "selftest", PYTHONPATH=pure).stdout
 
 
@@ -142,21 +142,21 @@ def test_stream_copy_copies_every_byte(each_isa, offset):
 
 def test_doctor_and_selftest():
     shown = _python("-m", "fastcifar", "doctor").stdout
-    for word in ("torch", "CPU kernels", "CPU threads", "GPU", "lif_forward", "lif_backward"):
+    for word in ("torch", "CPU kernels", "CPU threads", "GPU", "neuron_forward", "neuron_backward"):
         assert word in shown
     assert "every op equals its reference" in _python("-m", "fastcifar", "selftest").stdout
 
 
 @needs_extension
 def test_selftest_notices_a_wrong_kernel(capsys, monkeypatch):
-    import fastcifar.spiking.functional as functional
+    from fastcifar.spiking import neurons
 
-    right = functional._forward
-    monkeypatch.setattr(functional, "_forward", lambda *a: (1 - right(*a)[0], *right(*a)[1:]))
+    right = neurons._forward
+    monkeypatch.setattr(neurons, "_forward", lambda *a: (1 - right(*a)[0], *right(*a)[1:]))
     from fastcifar.spec import all_specs, compare
 
     (spec,) = [s for s in all_specs() if s.name == "lif"]
-    assert compare(spec, spec.sample("prime", torch.float32, "cpu", 0), {})
+    assert compare(spec, spec.sample("prime", torch.float32, "cpu", 0), spec.options[0], ())
 
 
 def test_keep_memory_mapped_keeps_freed_memory():

@@ -1,5 +1,7 @@
-"""What is special about the spiking family; the matrix that every op shares is in conformance.py."""
+"""What is special about the spiking family, shown on its most used neuron; the matrix that every op shares is in
+conformance.py, what is special about each neuron in test_neurons.py."""
 
+import copy
 import itertools
 import os
 import subprocess
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 
 from fastcifar import _library
 from fastcifar.spec import identical
-from fastcifar.spiking import LIF, lif, reference, surrogate
+from fastcifar.spiking import LIF, lif, modules, neurons, pack, reference, surrogate
 
+needs_extension = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
+MODULES = [m for m in vars(modules).values() if isinstance(m, type) and "function" in vars(m)]
 SURROGATES = [surrogate.ATan, surrogate.Sigmoid, surrogate.PiecewiseQuadratic, surrogate.Rectangular]
 
 
@@ -61,17 +65,6 @@ def test_spikes_and_gradients_equal_spikingjelly(kind, alpha):
                 assert (a - truth).abs().max() < (b - truth).abs().max(), options
 
 
-@pytest.mark.parametrize("kind", SURROGATES)
-def test_surrogates_equal_spikingjelly(kind):
-    u = torch.linspace(-6, 6, 4001, dtype=torch.float64).requires_grad_()
-    for alpha in (0.5, 1.0, 4.0):
-        ours = kind(alpha=alpha)
-        (expected,) = torch.autograd.grad(_peer_surrogate(ours)(u).sum(), u)
-        (got,) = torch.autograd.grad(ours(u).sum(), u)
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
-        torch.testing.assert_close(ours.grad(u.detach()), expected, rtol=1e-12, atol=1e-15)
-
-
 def test_default_alphas_are_spikingjellys():
     peers = pytest.importorskip("spikingjelly.activation_based.surrogate")
     for kind, name in zip(SURROGATES, ("ATan", "Sigmoid", "PiecewiseQuadratic", "Rect"), strict=True):
@@ -79,32 +72,6 @@ def test_default_alphas_are_spikingjellys():
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", SURROGATES)
-def test_surrogate_gradient_stays_finite_far_from_the_threshold(kind):
-    x = torch.tensor([[-1e30, -1e4, -88.0, 0.0, 88.0, 1e4, 1e30]]).requires_grad_()
-    spikes, _, _ = lif(x, tau=2.0, surrogate=kind(alpha=25.0), detach_reset=True)
-    (grad,) = torch.autograd.grad(spikes.sum(), x)
-    assert grad.isfinite().all()
-
-
-def test_nothing_is_saved_but_the_input_and_the_initial_state():
-    for v in (None, torch.zeros(3, 5)):
-        saved = []
-        x = _currents(4, 3, 5).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
-            lif(x, v, store_v_seq=True)
-        assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, v) if t is not None}
-
-
-def test_changing_the_input_in_place_before_backward_raises():
-    leaf = _currents(4, 3).requires_grad_()
-    x = leaf * 1
-    spikes, _, _ = lif(x)
-    x.relu_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        spikes.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -163,6 +130,7 @@ def test_unusual_shapes(shape):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@needs_extension
 def test_dense_layouts_are_kept():
     x = _currents(3, 2, 5, 4, 6)
     for layout in (
@@ -219,11 +187,11 @@ def test_no_grad_and_inference_mode():
 
 
 def test_runs_behind_a_convolution_under_autocast():
-    conv, neurons = torch.nn.Conv2d(3, 4, 3), LIF()
+    conv, lifs = torch.nn.Conv2d(3, 4, 3), LIF()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        spikes = neurons(conv(torch.randn(4, 3, 8, 8)).unflatten(0, (2, 2)))
+        spikes = lifs(conv(torch.randn(4, 3, 8, 8)).unflatten(0, (2, 2)))
     assert spikes.dtype == torch.bfloat16
-    assert neurons.v.dtype == torch.float32
+    assert lifs.v.dtype == torch.float32
     spikes.float().sum().backward()
     assert conv.weight.grad.isfinite().all()
 
@@ -237,23 +205,82 @@ def test_inductor_compiles_forward_and_backward():
     torch.testing.assert_close(got, expected)
 
 
-def test_direct_ops_refuse_what_they_cannot_read():
-    op = torch.ops.fastcifar.lif_forward.default
-    rest = (2.0, True, 1.0, 0.0, False)
-    for x, v in (
-        (torch.zeros(2, 3, dtype=torch.int32), None),
-        (torch.tensor(1.0), None),
-        (torch.zeros(2, 3), torch.zeros(4)),
-        (torch.zeros(2, 3), torch.zeros(3, dtype=torch.float64)),
-    ):
-        with pytest.raises(RuntimeError, match="lif_forward: expected"):
-            op(x, v, *rest)
-    back = torch.ops.fastcifar.lif_backward.default
-    x = torch.zeros(2, 3)
-    with pytest.raises(RuntimeError, match="expected grad_spikes like x"):
-        back(torch.zeros(2, 4), None, None, x, None, 2.0, True, 1.0, 0.0, 0, 2.0, False)
-    with pytest.raises(RuntimeError, match="unknown surrogate"):
-        back(x, None, None, x, None, 2.0, True, 1.0, 0.0, 9, 2.0, False)
+NUMBERS = [2.0, 1.0, 0.0]  # tau, threshold, gain
+LIF_ID = neurons.IDS["lif"]
+
+
+def _forward(x, v=None, parameters=(None,) * 5, neuron=LIF_ID, numbers=NUMBERS, spike_format=0):
+    op = torch.ops.fastcifar.neuron_forward.default
+    return op(x, v, None, *parameters, neuron, numbers, 0.0, spike_format, False)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "expected"),
+        ({"x": torch.tensor(1.0)}, "expected"),
+        ({"v": torch.zeros(4)}, "expected v"),
+        ({"v": torch.zeros(3, dtype=torch.float64)}, "expected"),
+        ({"parameters": (torch.ones(2), *[None] * 4)}, "expected"),
+        ({"parameters": (torch.ones(3).double(), *[None] * 4)}, "expected"),
+        ({"parameters": (torch.ones(1, 1, 3), *[None] * 4)}, "expected"),
+        ({"neuron": 99}, "unknown neuron"),
+        ({"neuron": -1}, "unknown neuron"),
+        ({"numbers": [2.0]}, "expected 3 to 9 numbers"),
+        ({"numbers": [2.0] * 10}, "expected 3 to 9 numbers"),
+        ({"spike_format": 3}, "unknown format"),
+        (
+            {"spike_format": 2, "neuron": neurons.IDS["ilif"], "numbers": [0.5, 1, 0, 4, 0, 4]},
+            "expected a neuron whose spikes are bits",
+        ),
+    ],
+)
+def test_direct_op_refuses_what_it_cannot_read(wrong, says):
+    with pytest.raises(RuntimeError, match=f"neuron_forward: {says}"):
+        _forward(**{"x": torch.zeros(2, 3)} | wrong)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    ("grads", "surrogate", "widths", "says"),
+    [
+        ((torch.zeros(2, 4), None, None, None), 0, [1.0, 1.0, 0.0], "expected grad_spikes like x"),
+        ((torch.zeros(2, 3).double(), None, None, None), 0, [1.0, 1.0, 0.0], "expected grad_spikes like x"),
+        ((torch.zeros(2, 3), torch.zeros(2), None, None), 0, [1.0, 1.0, 0.0], "expected grad_v_last"),
+        ((torch.zeros(2, 3), None, None, torch.zeros(2, 4)), 0, [1.0, 1.0, 0.0], "expected grad_v_seq"),
+        ((torch.zeros(2, 3), None, None, None), 99, [1.0, 1.0, 0.0], "unknown surrogate"),
+        ((torch.zeros(2, 3), None, None, None), 0, [1.0], "unknown surrogate"),
+    ],
+)
+def test_direct_backward_refuses_what_it_cannot_read(grads, surrogate, widths, says):
+    op = torch.ops.fastcifar.neuron_backward.default
+    with pytest.raises(RuntimeError, match=f"neuron_backward: {says}"):
+        op(*grads, torch.zeros(2, 3), *[None] * 7, LIF_ID, NUMBERS, 0.0, surrogate, widths, False, 0)
+
+
+# ---- spikes as bytes and bits --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (0, 5), (2,), (4, 1), (2, 3, 8), (5, 7, 3)])
+def test_packing_round_trip(shape):
+    spikes = (_currents(*shape) > 0.5).float()
+    assert identical(pack(spikes).unpack(), spikes)
+    assert pack(spikes).count() == spikes.sum()
+    swapped = spikes.movedim(1, -1) if spikes.dim() > 2 else spikes
+    assert identical(pack(swapped).unpack(torch.bool), swapped.bool())
+    with pytest.raises(TypeError, match="pack: expected spikes to be a tensor"):
+        pack([1.0])
+
+
+@pytest.mark.parametrize("spike_format", ["uint8", "packed"])
+def test_spikes_without_a_gradient_refuse_to_be_asked_for_one(spike_format):
+    x = _currents(3, 5)
+    for asked in ({"x": x.clone().requires_grad_()}, {"x": x, "v_threshold": torch.ones((), requires_grad=True)}):
+        with pytest.raises(ValueError, match="lif: expected no gradient to be asked for with spike_format="):
+            lif(**asked, spike_format=spike_format)
+        with torch.no_grad():
+            lif(**asked, spike_format=spike_format)
 
 
 # ---- module ----------------------------------------------------------------------------------------------------------
@@ -299,10 +326,50 @@ def test_module_names_itself_in_errors():
         surrogate.ATan(alpha=0.0)
 
 
+@pytest.mark.parametrize("make", MODULES)
+def test_every_module_carries_resets_moves_and_detaches_its_state(make):
+    x = _currents(6, 4, 5)
+    node = make(store_v_seq=True)
+    whole = node(x)
+    assert identical(node.v_seq[-1], node.v)
+    node.reset()
+    assert node.v is node.v_seq is None
+    assert identical(torch.cat([node(x[:2]), node(x[2:].clone().requires_grad_())]), whole)
+    twin = copy.deepcopy(node)
+    node.detach()
+    assert not any(getattr(node, s).requires_grad for s in node.states)
+    assert identical(node(x), twin(x))
+    assert all(getattr(node.double(), s).dtype == torch.float64 for s in node.states)
+    assert node(x.double()).dtype == torch.float64
+    assert node.extra_repr() == twin.extra_repr()
+    with pytest.raises(TypeError, match=f"{make.__name__}: expected options .* got nonsense"):
+        make(nonsense=1)
+
+
+def test_learnt_parameters_are_in_the_state_dict_and_learn():
+    threshold = torch.nn.Parameter(torch.full((5,), 0.9))
+    for node, names in (
+        (modules.PLIF(init_tau=3.0), {"w"}),
+        (modules.PLIF(shape=(5,), v_threshold=threshold), {"w", "v_threshold"}),
+        (modules.KLIF(init_k=1.2), {"k"}),
+        (modules.LIF(v_threshold=threshold, tau=torch.full((5,), 3.0)), {"v_threshold", "tau"}),
+        (modules.SignedIF(v_threshold=threshold), {"v_threshold"}),
+    ):
+        node(_currents(4, 3, 5)).square().sum().backward()
+        assert set(node.state_dict()) == names
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in node.parameters())
+        assert len(list(node.parameters())) == len(names - {"tau"})
+        node.zero_grad()
+    assert modules.PLIF(init_tau=3.0).w.sigmoid().item() == pytest.approx(1 / 3)
+    assert "v_threshold=tensor[5]" in repr(modules.LIF(v_threshold=threshold))
+    with pytest.raises(ValueError, match="PLIF: expected init_tau above 1, got 1"):
+        modules.PLIF(init_tau=1.0)
+
+
 # ---- instruction sets ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
+@needs_extension
 def test_environment_forces_an_instruction_set():
     def run(isa, code):
         env = os.environ | {"FASTCIFAR_CPU_ISA": isa}

@@ -6,9 +6,9 @@
 namespace fastcifar::FASTCIFAR_ISA {
 
 template <class A>
-void exp_nonpositive_array(const void* x, void* out, int64_t n) {
-  for_each_vector<A>(
-      n, [&](int64_t i, auto width) { store((A*)out + i, exp_nonpositive<A>(load((const A*)x + i, width)), width); });
+void exp_array(const void* x, void* out, int64_t n) {
+  for_each_vector<A>(n,
+                     [&](int64_t i, auto width) { store((A*)out + i, exp<A>(load((const A*)x + i, width)), width); });
 }
 template <class S>
 void widen_array(const void* x, void* out, int64_t n) {
@@ -48,7 +48,7 @@ static int64_t multiply_add(int64_t iterations) {
 
 extern const CommonKernels common_kernels;
 const CommonKernels common_kernels = {
-    {exp_nonpositive_array<float>, exp_nonpositive_array<double>, nullptr, nullptr},
+    {exp_array<float>, exp_array<double>, nullptr, nullptr},
     {nullptr, nullptr, widen_array<bfloat16>, widen_array<float16>},
     {nullptr, nullptr, narrow_array<bfloat16>, narrow_array<float16>},
     stream_copy,

@@ -81,10 +81,19 @@ struct Sequences {
   }
 };
 
+bool whole_bytes(const Walk& walk, const Tensor& x) {
+  Panels panels;
+  std::vector<PanelStrides> folded;
+  return fold(walk.sizes, {walk.strides, strides_of(x)}, panels, folded) &&
+         (panels.panels == 1 || panels.neurons % 8 == 0);
+}
+
 NeuronProblem problem(int64_t neuron, const std::vector<double>& numbers, const std::optional<double>& v_reset,
                       const Parameters& parameters, const Walk& walk) {
   FC_CHECK(neuron >= 0 && neuron < kNeurons, walk.op, ": unknown neuron ", neuron);
   FC_CHECK(numbers.size() >= 3 && numbers.size() <= 9, walk.op, ": expected 3 to 9 numbers");
+  FC_CHECK(walk.wide == (walk.dtype == kFloat64) || neuron == kIF || neuron == kSignedIF, walk.op,
+           ": expected v in float32, as this neuron keeps no float64 state of float32 currents");
   NeuronProblem p;
   p.neuron = int(neuron);
   p.storage = walk.dtype;
@@ -141,10 +150,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(Tensor x, OptionalTens
   Tensor v_seq = store_v_seq ? walk.new_sequence(walk.state_dtype()) : walk.none();
 
   std::vector<Tensor> given{x};
-  // Bits of two panels may share a byte, unless time is outermost.
+  // Bits of two panels would share a byte unless panels are whole bytes: otherwise x is copied, time outermost.
   const int64_t step = walk.neurons();
   Walk whole = walk;
-  if (spike_format == kSpikeBits && step % 8 != 0) {
+  if (spike_format == kSpikeBits && !whole_bytes(walk, x)) {
     whole.strides.assign(1, step);
     whole.strides.insert(whole.strides.end(), walk.state_strides.begin(), walk.state_strides.end());
     if (strides_of(x) != whole.strides) given[0] = copy_as(x, whole.strides);

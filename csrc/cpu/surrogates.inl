@@ -21,9 +21,9 @@ FC_INLINE V<A> bell(V<A> scaled, A alpha) {
   return alpha * e / (one_e * one_e);
 }
 
-// p, q, r are the surrogate's numbers.
+// p, q, r are the surrogate's numbers; frequency is q before it is rounded.
 template <class A, int kSurrogate>
-FC_INLINE V<A> surrogate_grad(V<A> u, A p, A q, A r) {
+FC_INLINE V<A> surrogate_grad(V<A> u, A p, A q, A r, double frequency) {
   if constexpr (kSurrogate == kATan) {
     const V<A> slope = q * u;
     return p / (A(1) + slope * slope);
@@ -55,7 +55,7 @@ FC_INLINE V<A> surrogate_grad(V<A> u, A p, A q, A r) {
   } else if constexpr (kSurrogate == kFourier) {
     V<A> sum = {};
     for (int i = 1; i < int(r); ++i)
-      sum = sum + each_lane<A>(A(2 * i - 1) * q * u,
+      sum = sum + each_lane<A>(A((2 * i - 1) * frequency) * u,
                                [](A x) { return sizeof(A) == 4 ? A(__builtin_cosf(x)) : A(__builtin_cos(x)); });
     return p * sum;
   } else if constexpr (kSurrogate == kLogTailed) {
@@ -77,7 +77,8 @@ template <class A, int kSurrogate>
 void surrogate_row(const A* h, const A* threshold, A* out, int64_t n, const double* widths) {
   const A p = A(widths[0]), q = A(widths[1]), r = A(widths[2]);
   for (int64_t i = 0; i < n; i += kLanes<A>)
-    store(out + i, surrogate_grad<A, kSurrogate>(load(h + i, Full{}) - load(threshold + i, Full{}), p, q, r), Full{});
+    store(out + i, surrogate_grad<A, kSurrogate>(load(h + i, Full{}) - load(threshold + i, Full{}), p, q, r, widths[1]),
+          Full{});
 }
 
 template <class A>

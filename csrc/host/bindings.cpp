@@ -121,11 +121,11 @@ int64_t peak_flops(const std::string& isa, int64_t iterations) {
   return kernels.multiply_add(iterations);
 }
 
-void exp_nonpositive(const std::string& isa, const std::string& dtype, py::array x, py::array out) {
+void exp(const std::string& isa, const std::string& dtype, py::array x, py::array out) {
   const int d = index_of(kDTypeNames, dtype, "dtype");
-  if (d != kFloat32 && d != kFloat64) throw py::value_error("exp_nonpositive: expected float32 or float64");
+  if (d != kFloat32 && d != kFloat64) throw py::value_error("exp: expected float32 or float64");
   const void* from = data_of(x, x.size(), kItemSize[d], "x");
-  common_kernels(isa_of(isa)).exp_nonpositive[d](from, data_of(out, x.size(), kItemSize[d], "out"), x.size());
+  common_kernels(isa_of(isa)).exp[d](from, data_of(out, x.size(), kItemSize[d], "out"), x.size());
 }
 
 void convert(const std::string& isa, const std::string& dtype, bool widen, py::array from, py::array to) {
@@ -160,7 +160,7 @@ PYBIND11_MODULE(_host, m) {
         "v_reset"_a = 0.0, "surrogate"_a = 0, "widths"_a = atan, "detach_reset"_a = false, "stream"_a = false);
   m.def("peak_flops", &peak_flops, "isa"_a, "iterations"_a,
         "Runs independent float32 multiplications and additions and returns how many operations it did.");
-  m.def("exp_nonpositive", &exp_nonpositive, "isa"_a, "dtype"_a, "x"_a, "out"_a);
+  m.def("exp", &exp, "isa"_a, "dtype"_a, "x"_a, "out"_a);
   m.def("convert", &convert, "isa"_a, "dtype"_a, "widen"_a, "from_"_a, "to"_a,
         "Between float32 and bfloat16 or float16 bits (uint16).");
 }

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -20,9 +19,13 @@ from .quantize import LSQ, QCFS, BoundedNeuron, RateNeuron, SpikingActivation
 
 _ACTIVATIONS = (QCFS, LSQ, nn.ReLU)
 _MAX_POOLS = (_MaxPoolNd, _AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
-_FUNCTIONS: tuple[Any, ...] = (
-    *(F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.adaptive_max_pool2d, torch.max_pool2d),
+# What a mean over time does not pass: by the module of torch that has it, and by name where forward calls it.
+_NOT_LINEAR = tuple(f"torch.nn.modules.{name}" for name in ("activation", "normalization", "instancenorm", "rnn"))
+_CALLS = (
+    *("relu", "relu_", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus"),
+    *("sigmoid", "tanh", "hardtanh", "hardsigmoid", "hardswish", "clamp", "clip", "softmax", "log_softmax"),
+    *("layer_norm", "group_norm", "instance_norm", "max_pool1d", "max_pool2d", "max_pool3d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
 )
 
 
@@ -137,12 +140,13 @@ def convert(
     - **nn.ReLU**: as QCFS, with the threshold taken from ``calibration`` (threshold balancing).
     - **Batch norm**: folded into the convolution or linear layer whose output it alone takes, where ``torch.fx`` can
       trace the network to see that; else it stays, in evaluation: an affine map at each step.
-    - **Dropout**: removed. **Max pooling** (the largest of some spike trains is not the train of the largest) and
-      **other activations**: refused.
+    - **Dropout**: removed. **Max pooling** (the largest of some spike trains is not the train of the largest), **other
+      activations** and **norms** of single samples: refused.
 
     Deeper layers see spikes rather than a constant, and where these come unevenly a neuron fires a spike more or less
     than its activation says: at T = L the network comes close to the ordinary one. With more steps QCFS's neurons tend
-    to ``clip(x, 0, lambda)``, without the rounding that the ordinary network was trained with.
+    to ``clip(x, 0, lambda)`` at a rate of 1 / T, without the rounding that the ordinary network was trained with.
+    LSQ's take back spikes that came too early: converted for more steps, they end where the rounding puts them.
 
     Args:
         ann: any module whose activations are modules, each used once in ``forward``. Calls of ``F.relu`` and the like
@@ -238,15 +242,18 @@ def _check_network(net: nn.Module, graph: fx.Graph | None) -> None:
                 f"convert: expected no max pooling, got {kind} {name}: the largest of several spike trains is not the "
                 "train of the largest activation; train with average pooling (nn.AvgPool2d)"
             )
-        if type(m).__module__ == nn.ReLU.__module__ and not isinstance(m, _ACTIVATIONS):
-            raise ValueError(f"convert: expected activations to be QCFS, LSQ or nn.ReLU, got {kind} {name}")
+        if type(m).__module__ in _NOT_LINEAR and not isinstance(m, _ACTIVATIONS):
+            raise ValueError(
+                f"convert: expected QCFS, LSQ or nn.ReLU as activations and batch norms as norms, got {kind} {name}"
+            )
         if isinstance(m, _BatchNorm) and m.running_mean is None:
             raise ValueError(f"convert: expected running statistics, got {kind} {name} without: it would mix the steps")
     for node in graph.nodes if graph is not None else ():
-        if node.op in ("call_function", "call_method") and node.target in _FUNCTIONS:
+        called = getattr(node.target, "__name__", node.target)
+        if node.op in ("call_function", "call_method") and called in _CALLS:
             raise ValueError(
                 "convert: expected activations to be modules (QCFS, LSQ or nn.ReLU) and pooling to be by average, got "
-                f"a call of {node.name} in forward"
+                f"a call of {called} in forward"
             )
     if not any(isinstance(m, _ACTIVATIONS) for m in net.modules()):
         raise ValueError("convert: expected activations to replace (modules QCFS, LSQ or nn.ReLU), got none")

@@ -333,7 +333,8 @@ def _unroll(
         current = current + shift.to(dtype)
     spikes, v_seq = [], []
     for x_t in current.unbind(0):
-        s, *state = step(x_t, *state)
+        s, *after = step(x_t, *state)
+        state = tuple(after)
         spikes.append(s)
         v_seq.append(state[0])
 

@@ -4,5 +4,6 @@
 #define FASTCIFAR_ISA avx2
 #define FASTCIFAR_VECTOR_BYTES 32
 #include "../common_kernels.inl"
+#include "../packed.inl"
 #include "../spiking.inl"
 #endif

@@ -4,5 +4,6 @@
 #define FASTCIFAR_ISA avx512
 #define FASTCIFAR_VECTOR_BYTES 64
 #include "../common_kernels.inl"
+#include "../packed.inl"
 #include "../spiking.inl"
 #endif

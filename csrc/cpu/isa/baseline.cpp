@@ -2,4 +2,5 @@
 #define FASTCIFAR_ISA baseline
 #define FASTCIFAR_VECTOR_BYTES 16
 #include "../common_kernels.inl"
+#include "../packed.inl"
 #include "../spiking.inl"
