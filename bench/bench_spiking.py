@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from math import prod
 
 import pytest
 import torch
-from harness import Candidate, Workload, cases, compare
+from harness import MODES, Candidate, Workload, cases, compare
 from measure import DEVICE
 from paired import Paired
 from torch import Tensor
@@ -16,9 +17,11 @@ from torch.nn.functional import batch_norm, conv2d
 
 from fastcifar import _library
 from fastcifar.data import MEAN, STD, cifar10
-from fastcifar.spiking import functional, reference
+from fastcifar.spiking import functional, pack, reference
+from fastcifar.spiking.neurons import IDS
+from fastcifar.spiking.packed import DENSEST, packed_conv2d
 
-KERNEL = _library.owned("lif_forward", DEVICE.type)
+KERNEL = _library.owned("neuron_forward", DEVICE.type)
 HARD_ATAN = {"tau": 2.0, "v_reset": 0.0, "surrogate": "atan", "detach_reset": True}
 
 
@@ -147,20 +150,148 @@ def test_lif(paired: Paired, workload: Workload, mode: str, mapped: bool) -> Non
     compare(paired, workload, mode, mapped, candidates)
 
 
+# ---- PLIF: the learnt time constant, whose gradient is a sum over all neurons and steps ------------------------------
+
+
+def plif_workload(steps: int, shape: tuple[int, int, int, int]) -> Workload:
+    """As for LIF, and the sum of the gradient of w: 3 operations more. Its tolerance is that of a float32 sum over all
+    neurons and steps, which is what eager PyTorch forms."""
+    workload, _ = lif_workload(steps, shape)
+    return replace(
+        workload,
+        op="plif",
+        make=lambda: (*currents(steps, shape, torch.float32), torch.tensor(0.0)),
+        backward_flops=23,
+        gradient_tolerance=1e-5,
+    )
+
+
+def plif_of(plif: Callable[..., tuple]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, w: plif(x, w, v_reset=0.0, surrogate="atan", detach_reset=True)[0]
+
+
+def compiled_plif() -> Callable[[Tensor, Tensor], Tensor]:
+    torch.compiler.reset()
+    return plif_of(torch.compile(reference.plif))
+
+
+def spikingjelly_plif() -> Callable[[Tensor, Tensor], Tensor]:
+    from spikingjelly.activation_based import functional as sj
+    from spikingjelly.activation_based import surrogate
+
+    atan = surrogate.ATan()
+    return lambda x, w: sj.plif_multi_step(x, torch.zeros_like(x[0]), w, True, 1.0, 0.0, atan, True)[0]
+
+
+@cases([plif_workload(16, LONG)])
+def test_plif(paired: Paired, workload: Workload, mode: str, mapped: bool) -> None:
+    candidates = [
+        Candidate("eager reference", "reference", lambda: plif_of(reference.plif)),
+        Candidate("torch.compile", "compiled", compiled_plif),
+        Candidate("SpikingJelly", "peer", spikingjelly_plif),
+        Candidate("fastcifar", "ours", lambda: plif_of(functional.plif)),
+    ]
+    compare(paired, workload, mode, mapped, candidates)
+
+
+# ---- every neuron beside LIF, and every format of spikes -------------------------------------------------------------
+
+OTHERS: dict[str, Callable[..., tuple]] = {
+    "lif": functional.lif,
+    "lif, tau = 3": partial(functional.lif, tau=3.0),
+    "if": functional.integrate_and_fire,
+    "plif": lambda x, **options: functional.plif(x, PARAMETER, **options),
+    "qif": functional.qif,
+    "eif": functional.eif,
+    "klif": lambda x, **options: functional.klif(x, PARAMETER + 1, **options),
+    "ilif": functional.ilif,
+    "leaky": functional.leaky,
+    "izhikevich": partial(functional.izhikevich, a=0.1, b=0.2),
+    "cuba_lif": functional.cuba_lif,
+    "alif": functional.alif,
+    "signed_if": functional.signed_if,
+}
+PARAMETER = torch.zeros((), device=DEVICE, requires_grad=True)
+
+
+@pytest.mark.skipif(not KERNEL, reason="no kernel of fastcifar's serves this device")
+@pytest.mark.parametrize("mode", MODES)
+def test_every_neuron_takes_the_time_of_lif(paired: Paired, mode: str) -> None:
+    """At equal traffic (x in, spikes out, and their gradients): target 1.25 times LIF's own time."""
+    (x,) = (t.to(DEVICE) for t in currents(16, LONG, torch.float32))
+    gradient = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    leaf = x.clone().requires_grad_()
+
+    def work(neuron: Callable[..., tuple]) -> Callable[[], None]:
+        def forward() -> None:
+            with torch.no_grad():
+                neuron(x)
+
+        def forward_and_backward() -> None:
+            neuron(leaf)[0].backward(gradient)
+            leaf.grad = None
+
+        return forward if mode == "forward" else forward_and_backward
+
+    paired.describe("spiking", op="every neuron", workload=f"T=16 x {list(LONG)} float32, {mode}", mode="call")
+    for name in OTHERS:
+        paired.record(name, role="ours", target=None if name == "lif" else 1.25)
+    paired.time({name: work(neuron) for name, neuron in OTHERS.items()})
+
+
+@pytest.mark.skipif(not KERNEL, reason="no kernel of fastcifar's serves this device")
+@pytest.mark.keep_mapped
+def test_spikes_as_bytes_and_bits(paired: Paired) -> None:
+    """What narrower spikes save of the forward pass at large N: 8 bytes an element-step become 5 and 4.1."""
+    (x,) = (t.to(DEVICE) for t in currents(4, BIG, torch.float32))
+    formats = ("float", "uint8", "packed")
+    float_spikes, byte_spikes, packed = (functional.lif(x, spike_format=name)[0] for name in formats)
+    assert torch.equal(float_spikes, byte_spikes.float())
+    assert torch.equal(float_spikes, packed.unpack())
+    paired.describe("spiking", op="spike formats", workload=f"T=4 x {list(BIG)}, memory kept mapped", mode="call")
+    for name in formats:
+        paired.record(name, role="ours", target=None if name == "float" else 0.75)
+    paired.time({name: partial(functional.lif, x, spike_format=name) for name in formats})
+
+
+@pytest.mark.parametrize("percent", [5, 10, 20, 30])
+def test_packed_convolution(paired: Paired, percent: int) -> None:
+    """A 3 x 3 convolution of 128 channels that reads bits, beside torch's own on float spikes in the same layout."""
+    generator = torch.Generator().manual_seed(0)
+    spikes = (torch.rand(4 * 32, 16, 16, 128, generator=generator) < percent / 100).float().movedim(-1, 1)
+    weight = torch.randn(128, 128, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
+    bits = pack(spikes.unflatten(0, (4, 32)))
+    served = bits.density() <= DENSEST
+    expected = conv2d(spikes, weight, padding=1)
+    difference = (packed_conv2d(bits, weight, padding=1).flatten(0, 1) - expected).abs().max()
+    assert difference <= 1e-5 * expected.abs().max()
+    title = f"128 x [128,16,16], 3 x 3, {percent} % fire"
+    paired.describe("spiking", op="packed_conv2d", workload=title, mode="call")
+    paired.record("torch, float spikes", role="reference", target=None)
+    paired.record("packed_conv2d", role="ours", target=1.0, note="" if served else "unpacks, as so many fire")
+    paired.time(
+        {
+            "torch, float spikes": lambda: conv2d(spikes, weight, padding=1),
+            "packed_conv2d": lambda: packed_conv2d(bits, weight, padding=1),
+        }
+    )
+
+
 @pytest.mark.skipif(not KERNEL, reason="no kernel of fastcifar's serves this device")
 def test_call_overhead(paired: Paired) -> None:
     """What a call costs beyond its arithmetic, on 64 neurons and 4 steps: the bare operator, and around it the public
     function without and with a graph to record. Targets, relative to the bare operator: 1.6 and 3.5."""
-    op = torch.ops.fastcifar.lif_forward.default
+    op = torch.ops.fastcifar.neuron_forward.default
     x = torch.randn(4, 64, device=DEVICE)
     tracked = x.clone().requires_grad_()
-    assert torch.equal(op(x, None, 2.0, True, 1.0, 0.0, False)[0], functional.lif(x)[0])
+    arguments = (x, *[None] * 7, IDS["lif_times"], [0.5, 1.0, 0.0], 0.0, 0, False)
+    assert torch.equal(op(*arguments)[0], functional.lif(x)[0])
 
     paired.describe("spiking", op="lif", workload="T=4 x [64] float32", mode="call")
     for name, target in (("bare operator", None), ("fastcifar, no graph", 1.6), ("fastcifar, graph", 3.5)):
         paired.record(name, role="ours" if target else "reference", target=target)
     calls = {
-        "bare operator": lambda: op(x, None, 2.0, True, 1.0, 0.0, False),
+        "bare operator": lambda: op(*arguments),
         "fastcifar, no graph": lambda: functional.lif(x),
         "fastcifar, graph": lambda: functional.lif(tracked),
     }

@@ -137,10 +137,10 @@ def read_case(info: dict[str, Any], ceilings: dict[str, float | None]) -> Case:
 def read_overhead(info: dict[str, Any]) -> list[list[str]]:
     """A table of single calls: the first candidate is what the others are relative to."""
     base = next(iter(info["candidates"]))
-    cells = [[f"{info['op']}, {info['workload']}: one call", "time", "relative", "target", ""]]
+    cells = [[f"{info['op']}, {info['workload']}", "time", "relative", "target", ""]]
     for name, facts in info["candidates"].items():
         ratio = info["ratios"][name][base]["median"]
-        target = f"{facts['target']:.1f}" if facts["target"] else ""
+        target = f"{facts['target']:.3g}" if facts["target"] else ""
         cells.append([name, duration(facts["seconds"]["median"]), f"{ratio:.2f}", target, facts.get("note", "")])
     return cells
 

@@ -33,6 +33,7 @@ SPIKE_FORMATS = ("float", "uint8", "packed")
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _HALF = (torch.bfloat16, torch.float16)
+_NO_TENSORS = (None,) * 5
 _NO_SURROGATE = surrogates.DeterministicPass()  # of neurons whose spikes have a derivative of their own
 _forward = torch.ops.fastcifar.neuron_forward.default
 _backward = torch.ops.fastcifar.neuron_backward.default
@@ -61,16 +62,18 @@ def run(
         options: those of v_threshold, v_reset, surrogate, detach_reset, store_v_seq, scale and shift that it has.
     """
     surrogate = surrogates.resolve(options.get("surrogate", _NO_SURROGATE), op)
-    scale, shift, store_v_seq = options["scale"], options["shift"], options["store_v_seq"]
+    threshold, scale, shift = options["v_threshold"], options["scale"], options["shift"]
+    store_v_seq = options["store_v_seq"]
+    numbers = [leak, threshold, gain, *constants]
+    tensors: tuple[Tensor | None, ...] = _NO_TENSORS
     dtype = _library.state_dtype(x.dtype) if v is None or v.dtype in _HALF else v.dtype
-    tensors: list[Tensor | None] = []
-    numbers: list[float] = []
-    for p in (leak, options["v_threshold"], gain):
-        tensors.append(p.to(dtype) if isinstance(p, Tensor) else None)
-        numbers.append(0.0 if isinstance(p, Tensor) else p)
-    for p in (scale, shift):
-        tensors.append(None if p is None else p.to(dtype))
-    graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, v, w, *tensors))
+    if scale is not None or shift is not None or any(isinstance(p, Tensor) for p in numbers[:3]):
+        given = (*numbers[:3], scale, shift)
+        tensors = tuple(p.to(dtype) if isinstance(p, Tensor) else None for p in given)
+        numbers[:3] = [0.0 if isinstance(p, Tensor) else p for p in numbers[:3]]
+    graph = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in (v, w, *tensors))
+    )
     if graph and spike_format != "float":
         raise ValueError(
             f"{op}: expected no gradient to be asked for with spike_format={spike_format!r}, whose spikes have none "
@@ -78,27 +81,24 @@ def run(
         )
     if not (surrogates.in_kernel(surrogate) and _library.owned("neuron_forward", x.device.type)):
         spikes, *rest = reference()
-        return (_formatted(spikes, spike_format, neuron), *rest)
-    v, w = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (v, w))
-    numbers += constants
-    v_reset = options.get("v_reset")
+        return (_formatted(spikes, spike_format), *rest)
+    if v is not None or w is not None:
+        v, w = (t if t is None or t.dtype == dtype else t.to(dtype) for t in (v, w))
+    v_reset, neuron_id = options.get("v_reset"), IDS[neuron]
     if graph:
-        spikes, v_last, w_last, v_seq = _apply(
-            *(x, v, w, *tensors, IDS[neuron], numbers, v_reset, surrogate.kernel_id, list(surrogate.numbers())),
-            *(options.get("detach_reset", False), store_v_seq, op),
-        )
+        detach_reset = options.get("detach_reset", False)
+        more = (v_reset, surrogate.kernel_id, list(surrogate.numbers()), detach_reset, store_v_seq, op)
+        spikes, v_last, w_last, v_seq = _apply(x, v, w, *tensors, neuron_id, numbers, *more)
     else:
         format_id = SPIKE_FORMATS.index(spike_format)
-        spikes, v_last, w_last, v_seq = _forward(
-            x, v, w, *tensors, IDS[neuron], numbers, v_reset, format_id, store_v_seq
-        )
+        spikes, v_last, w_last, v_seq = _forward(x, v, w, *tensors, neuron_id, numbers, v_reset, format_id, store_v_seq)
         if spike_format == "packed":
             spikes = PackedSpikes.of_kernel(spikes, x)
     v_seq = v_seq if store_v_seq else None
     return (spikes, v_last, w_last, v_seq) if neuron in SECOND_STATE else (spikes, v_last, v_seq)
 
 
-def _formatted(spikes: Tensor, spike_format: str, neuron: str) -> Tensor | PackedSpikes:
+def _formatted(spikes: Tensor, spike_format: str) -> Tensor | PackedSpikes:
     if spike_format == "packed":
         return pack(spikes)
     return spikes.to(torch.uint8) if spike_format == "uint8" else spikes
@@ -128,7 +128,7 @@ def shared_options(
     }
 
 
-def check_sequence(op: str, x: Tensor, **states: Tensor | None) -> None:
+def check_sequence(op: str, x: Tensor, states: dict[str, Tensor | None]) -> None:
     """Raises the TypeError or ValueError of a wrong ``x`` or state."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: expected x to be a tensor [T, N...], got {type(x).__name__}")
@@ -138,6 +138,8 @@ def check_sequence(op: str, x: Tensor, **states: Tensor | None) -> None:
         )
     if x.dim() == 0:
         raise ValueError(f"{op}: expected x of shape [T, N...], time first, got a scalar tensor")
+    if all(state is None for state in states.values()):
+        return
     wide = op in ("integrate_and_fire", "signed_if") and x.dtype == torch.float32
     dtypes = {t.dtype for t in states.values() if isinstance(t, Tensor)}
     for name, state in states.items():
@@ -190,19 +192,14 @@ def check_number(op: str, name: str, value: float, above: float = -math.inf) -> 
     check_parameter(op, name, value, above=above)
 
 
-def check_reset(op: str, v_reset: float | None) -> None:
-    """Raises the TypeError or ValueError of a wrong ``v_reset``."""
-    if v_reset is not None:
-        check_number(op, "v_reset", v_reset)
-
-
 def check_call(
     op: str, x: Tensor, states: dict[str, Tensor | None], options: dict[str, Any], spike_format: str
 ) -> None:
     """Raises the TypeError or ValueError of whatever all neurons share."""
-    check_sequence(op, x, **states)
+    check_sequence(op, x, states)
     check_parameter(op, "v_threshold", options["v_threshold"], x)
-    check_reset(op, options.get("v_reset"))
+    if (v_reset := options.get("v_reset")) is not None:
+        check_number(op, "v_reset", v_reset)
     for name in ("scale", "shift"):
         if (value := options[name]) is not None:
             if not isinstance(value, Tensor):

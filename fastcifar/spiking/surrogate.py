@@ -415,6 +415,8 @@ KERNEL_TYPES: tuple[type[Surrogate], ...] = (
 )
 BY_NAME: dict[str, Surrogate] = {cls.name: cls() for cls in KERNEL_TYPES}
 
+_IN_KERNEL = frozenset(KERNEL_TYPES)
+
 AnySurrogate = str | Surrogate | Callable[[Tensor], Tensor]
 
 
@@ -446,4 +448,4 @@ def resolve(surrogate: AnySurrogate, op: str = "surrogate") -> Surrogate | Calla
 
 def in_kernel(surrogate: object) -> TypeGuard[Surrogate]:
     """Whether kernels know this surrogate; others run step by step in PyTorch."""
-    return type(surrogate) in KERNEL_TYPES
+    return type(surrogate) in _IN_KERNEL
