@@ -92,6 +92,11 @@ def owned(op: str, device: str) -> bool:
     return (op, device) in OWNERS
 
 
+def serves(op: str, x: Tensor) -> bool:
+    """:func:`owned` on the device of ``x``, whose name takes longer to ask for than whether it is the CPU."""
+    return (op, "cpu" if x.is_cpu else x.device.type) in OWNERS
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     """``function.apply`` without its overhead where nothing but plain eager autograd is active.
 

@@ -60,11 +60,12 @@ def doctor() -> str:
     }
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
     lines += ["", f"{'op':<28} {'device':<7} served by"]
-    references = {op: f"fastcifar/{spec.family}/reference.py" for spec in all_specs() for op in spec.raw_ops}
-    references |= {op: "torch's own ops" for op, _ in _library.OWNERS if op not in references}
-    for op, reference in references.items():
+    others = {op: "torch's own ops" for op, _ in _library.OWNERS}
+    families = {op: spec.family for spec in all_specs() for op in spec.raw_ops}
+    others |= {op: f"the PyTorch reference, fastcifar/{family}/reference.py" for op, family in families.items()}
+    for op, other in others.items():
         for device in ("cpu", "cuda"):
-            lines.append(f"{op:<28} {device:<7} {_library.OWNERS.get((op, device), f'plain PyTorch, {reference}')}")
+            lines.append(f"{op:<28} {device:<7} {_library.OWNERS.get((op, device), other)}")
     return "\n".join(lines)
 
 

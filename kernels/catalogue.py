@@ -49,18 +49,31 @@ class Entry:
     exact: bool = False
 
 
-def covering(factors: Mapping[str, Sequence[Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def covering(
+    factors: Mapping[str, Sequence[Any]],
+    rows: Sequence[dict[str, Any]],
+    few: Mapping[str, Sequence[str]] | None = None,
+) -> list[dict[str, Any]]:
     """These rows, and more until every value of every factor has met every value of every other factor.
 
-    All combinations of spiking's options are 40,000 kernels; all pairs of values fit in about 30. What breaks a kernel
-    (a type that does not match, a pointer that is None, a register too many) is mostly one option, or two that meet.
-    The seed is one with few rows of 32 steps, which take 5 seconds each to compile.
+    All combinations of spiking's options are millions of kernels; all pairs of values fit in about 40. What breaks a
+    kernel (a type that does not match, a pointer that is None, a register too many) is mostly one option, or two that
+    meet.
+
+    Args:
+        few: for a factor with many values, the only others that these have to meet.
     """
+    few = few or {}
     names, rng, rows = list(factors), random.Random(4), list(rows)
-    todo = {(a, va, b, vb) for a, b in itertools.combinations(names, 2) for va in factors[a] for vb in factors[b]}
+    meet = [
+        (a, b)
+        for a, b in itertools.combinations(names, 2)
+        if (a not in few or b in few[a]) and (b not in few or a in few[b])
+    ]
+    todo = {(a, va, b, vb) for a, b in meet for va in factors[a] for vb in factors[b]}
 
     def pairs(row: Mapping[str, Any]) -> set[tuple[str, Any, str, Any]]:
-        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(names, 2)} & todo
+        return {(a, row[a], b, row[b]) for a, b in meet} & todo
 
     for row in rows:
         todo -= pairs(row)
@@ -75,76 +88,116 @@ def covering(factors: Mapping[str, Sequence[Any]], rows: Sequence[dict[str, Any]
 
 
 def spiking() -> Iterator[Entry]:
-    """The kernels of kernels/spiking.py."""
+    """The kernels of kernels/neuron_kernels.py, as kernels/spiking.py launches them."""
     import torch
     import triton.language as tl
 
+    from . import neuron_kernels, neurons
     from . import spiking as family
 
-    kinds = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
     flags = (True, False)
+    kinds = ("number", "one", "neuron", "run")
     common = {
-        "dtype": tuple(kinds),
-        "aligned": flags,
-        **dict.fromkeys(("DECAY_INPUT", "HARD_RESET", "HAS_V", "EXACT_RECIPROCAL", "PANELS"), flags),
+        "NEURON": family.NEURONS,
+        "state": ("fp32", "fp64"),
+        "x": ("as state", "bf16", "fp16"),
+        "parameters": kinds,
+        **dict.fromkeys(("aligned", "HARD_RESET", "SCALE_RESET", "HAS_V", "HAS_W", "PANELS"), flags),
     }
 
-    def entry(
-        kernel: Any, row: dict[str, Any], blocks: dict[str, Any], pointers: dict[str, tuple[str, bool]], exact: bool
-    ) -> Entry:
-        kind, multiple = row["dtype"], ":16" if row["aligned"] else ""
-        state = "fp64" if kind == "fp64" else "fp32"
-        signature = {"T": "i32", "N": "i64" + multiple, "inner": "i64" + multiple}
-        constexprs = {"STATE": tl.float64 if state == "fp64" else tl.float32, **blocks}
+    def entry(kernel: Any, row: dict[str, Any], blocks: dict[str, Any], pointers: dict[str, str | None]) -> Entry:
+        multiple = ":16" if row["aligned"] else ""
+        signature = {"T": "i32", "run": "i32", "period": "i32", "row": "i64"}
+        signature |= {"N": "i64" + multiple, "inner": "i64" + multiple}
+        constexprs = {"STATE": tl.float64 if row["state"] == "fp64" else tl.float32, **blocks}
         num_warps = constexprs.pop("num_warps")
         options = {"enable_fp_fusion": False}
-        if "maxnreg" in constexprs:
-            options["maxnreg"] = constexprs.pop("maxnreg")
-        for name, (what, present) in pointers.items():
-            if present:
-                signature[name] = f"*{kind if what == 'x' else state}:16"
-            else:
+        options |= {"maxnreg": constexprs.pop("maxnreg")} if "maxnreg" in constexprs else {}
+        for name in family.PARAMETERS:
+            constexprs[name.upper()] = row["parameters"]
+            pointers[f"{name}_ptr"] = None if row["parameters"] == "number" else row["state"]
+        for name, what in pointers.items():
+            if what is None:
                 constexprs[name] = None
+            else:
+                signature[name] = f"*{what}:16"
         for name in kernel.arg_names:
             if name in row:
                 constexprs[name] = row[name]
             elif name not in signature and name not in constexprs:
                 signature[name] = "fp64"  # the scalars
+        signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
         on = [name if value is True else f"{name}={value}" for name, value in row.items() if value is not False]
+        exact = "forward" in kernel.__name__ and row["NEURON"] != "eif"
         return Entry(kernel, signature, constexprs, num_warps, " ".join([kernel.__name__, *on]), options, exact)
 
+    def possible(row: dict[str, Any]) -> dict[str, Any]:
+        """The row with what its neuron does not have taken away."""
+        row, neuron = dict(row), row["NEURON"]
+        second = neurons.has_second_state(neuron)
+        if row["state"] == "fp64":
+            wide = row["x"] != "as state" and neuron in ("if", "signed_if")
+            row["x"] = "fp32" if wide else "fp64"
+        elif row["x"] == "as state":
+            row["x"] = "fp32"
+        row["HARD_RESET"] &= not neurons.soft_reset_only(neuron)
+        row["SCALE_RESET"] &= neurons.is_a(neuron, "klif")
+        row["HAS_W"] &= second
+        if "bytes" in row:
+            row["bytes"] &= neuron != "signed_if"
+        else:
+            row["HAS_GRAD_W_LAST"] &= second
+            if row["WANTED"] and row["parameters"] == "number":
+                row["parameters"] = "one"
+        return row
+
     # First what nearly everyone runs: float32, tau = 2, hard reset, and no gradient but that of the spikes.
-    usual = {"dtype": "fp32", **dict.fromkeys(("aligned", "DECAY_INPUT", "HARD_RESET", "EXACT_RECIPROCAL"), True)}
-    usual |= {"HAS_V": False, "PANELS": False}
+    usual: dict[str, Any] = {"NEURON": "lif_times", "state": "fp32", "x": "as state", "parameters": "number"}
+    usual |= {"aligned": True, "HARD_RESET": True}
+    usual |= dict.fromkeys(("SCALE_RESET", "HAS_V", "HAS_W", "PANELS"), False)
 
-    factors = {"steps": (4, 32), **common, "STORE_V_SEQ": flags}
-    for row in covering(factors, [{"steps": T, **usual, "STORE_V_SEQ": False} for T in factors["steps"]]):
+    states = {"fp32": torch.float32, "fp64": torch.float64}
+    factors: dict[str, Sequence[Any]] = {"steps": (4, 32), **common, "STORE_V_SEQ": flags, "bytes": flags}
+    first = [{"steps": T, **usual, "STORE_V_SEQ": False, "bytes": False} for T in factors["steps"]]
+    for row in map(possible, covering(factors, first, {"NEURON": ("HARD_RESET", "state")})):
         pointers = {
-            "x_ptr": ("x", True),
-            "v_ptr": ("state", row["HAS_V"]),
-            "spikes_ptr": ("x", True),
-            "v_last_ptr": ("state", True),
-            "v_seq_ptr": ("state", row["STORE_V_SEQ"]),
+            "x_ptr": row["x"],
+            "v_ptr": row["state"] if row["HAS_V"] else None,
+            "w_ptr": row["state"] if row["HAS_W"] else None,
+            "spikes_ptr": "u8" if row["bytes"] else row["x"],
+            "v_last_ptr": row["state"],
+            "w_last_ptr": row["state"] if neurons.has_second_state(row["NEURON"]) else None,
+            "v_seq_ptr": row["state"] if row["STORE_V_SEQ"] else None,
         }
-        blocks = family.forward_blocks(row["steps"], kinds[row["dtype"]], row["aligned"])
-        yield entry(family._lif_forward_kernel, row, blocks, pointers, exact=True)
+        blocks = family.forward_blocks(row["steps"], states[row["state"]], row["aligned"])
+        yield entry(neuron_kernels._neuron_forward_kernel, row, blocks, pointers)
 
-    more = ("DETACH_RESET", "HAS_GRAD_V_LAST", "HAS_GRAD_V_SEQ")
-    factors = {"steps": (4, 8, 16, 32, 64), **common, "SURROGATE": (0, 1, 2, 3), **dict.fromkeys(more, flags)}
-    usual |= {"SURROGATE": 0, **dict.fromkeys(more, False)}
-    for row in covering(factors, [{"steps": T, **usual} for T in factors["steps"]]):
-        blocks = family.backward_blocks(row["steps"], kinds[row["dtype"]], row["aligned"], row["HAS_GRAD_V_SEQ"])
+    more = ("DETACH_RESET", "HAS_GRAD_V_LAST", "HAS_GRAD_W_LAST", "HAS_GRAD_V_SEQ")
+    factors = {"steps": (4, 8, 16, 32, 64), **common, "SURROGATE": tuple(range(15)), "WANTED": (0, 31)}
+    factors |= dict.fromkeys(more, flags)
+    usual |= {"SURROGATE": 0, "WANTED": 0, **dict.fromkeys(more, False)}
+    first = [{"steps": T, **usual} for T in factors["steps"]]
+    few = {"NEURON": ("HARD_RESET", "state", "WANTED"), "SURROGATE": ("state",)}
+    for row in map(possible, covering(factors, first, few)):
+        plain = row["parameters"] == "number" and not row["HAS_GRAD_V_SEQ"]
+        blocks = family.backward_blocks(
+            row["steps"], states[row["state"]], row["aligned"], row["NEURON"], row["WANTED"], plain
+        )
         pointers = {
-            "grad_spikes_ptr": ("x", True),
-            "grad_v_last_ptr": ("state", row["HAS_GRAD_V_LAST"]),
-            "grad_v_seq_ptr": ("state", row["HAS_GRAD_V_SEQ"]),
-            "x_ptr": ("x", True),
-            "v_ptr": ("state", row["HAS_V"]),
-            "grad_x_ptr": ("x", True),
-            "grad_v_ptr": ("state", row["HAS_V"]),
-            "checkpoint_ptr": ("state", blocks["SEGMENTED"]),
+            "grad_spikes_ptr": row["x"],
+            "grad_v_last_ptr": row["state"] if row["HAS_GRAD_V_LAST"] else None,
+            "grad_w_last_ptr": row["state"] if row["HAS_GRAD_W_LAST"] else None,
+            "grad_v_seq_ptr": row["state"] if row["HAS_GRAD_V_SEQ"] else None,
+            "x_ptr": row["x"],
+            "v_ptr": row["state"] if row["HAS_V"] else None,
+            "w_ptr": row["state"] if row["HAS_W"] else None,
+            "grad_x_ptr": row["x"],
+            "grad_v_ptr": row["state"] if row["HAS_V"] else None,
+            "grad_w_ptr": row["state"] if row["HAS_W"] else None,
+            "sums_ptr": "fp64" if row["WANTED"] else None,
+            "checkpoint_ptr": row["state"] if blocks["SEGMENTED"] else None,
         }
-        yield entry(family._lif_backward_kernel, row, blocks, pointers, exact=False)
+        yield entry(neuron_kernels._neuron_backward_kernel, row, blocks, pointers)
 
 
 FAMILIES = {"spiking": spiking}

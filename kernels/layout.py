@@ -7,6 +7,8 @@ as [T, B, ...] has B panels. Neuron n then lies at ``n + n // inner * (T - 1) * 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -59,3 +61,25 @@ def has_strides(t: Tensor, strides: tuple[int, ...]) -> bool:
 def aligned(inner: int, *tensors: Tensor | None) -> bool:
     """Whether every time step starts on 16 bytes, in multiples of 16 elements: what Triton specialises a kernel on."""
     return inner % 16 == 0 and not any(t is not None and t.data_ptr() % 16 for t in tensors)
+
+
+def fold(parameter: Tensor, shape: Sequence[int], strides: tuple[int, ...]) -> tuple[Tensor, int, int]:
+    """A parameter that broadcasts against a step of this shape, in the order in which a kernel counts neurons.
+
+    Returns:
+        ``(values, run, period)``: neuron n, counted in the memory order of a dense step with these strides, takes
+        ``values[n // run % period]``. A parameter that does not fold like that is written out for every neuron.
+    """
+    sizes = (1,) * (len(shape) - parameter.dim()) + tuple(parameter.shape)
+    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[d])  # outermost first
+    own = [place for place, d in enumerate(order) if sizes[d] != 1]
+    if not own:
+        return parameter.reshape(1), math.prod(shape), 1
+    first, last = own[0], own[-1] + 1
+    if last - first != len(own):
+        parameter = parameter.expand(shape)
+        sizes, first, last = tuple(shape), 0, len(order)
+    inside = order[first:last]
+    rest = [d for d in range(len(shape)) if d not in inside]
+    values = parameter.reshape(sizes).permute(*rest, *inside).reshape(-1)
+    return values, math.prod(shape[d] for d in order[last:]), values.numel()

@@ -20,7 +20,19 @@ struct Constants {
   Values<A> leak, threshold, gain, scale, shift;
   A reset, rest;  // where a hard reset goes; where the membrane leaks to
   A c[6];
+  // Dividing by a power of two is multiplying by its reciprocal, to the bit, and many times as fast: then leak holds
+  // the reciprocal, and so does inverse of c.
+  bool times, exact[6];
+  A inverse[6];
+
+  FC_INLINE_MEMBER V<A> over_leak(V<A> x, int64_t i) const { return times ? x * leak[i] : x / leak[i]; }
+  FC_INLINE_MEMBER V<A> over(V<A> x, int k) const { return exact[k] ? x * inverse[k] : x / c[k]; }
 };
+template <class A>
+bool is_power_of_two(A x) {
+  int exponent;
+  return __builtin_frexp(x, &exponent) == 0.5 && exponent > -60 && exponent < 60;
+}
 
 // One step of some neurons: before it, the charged membrane, and what the neuron has asked to keep.
 template <class A>
@@ -116,7 +128,7 @@ template <bool kDecayInput, bool kTimes>
 struct LIF : Binary {
   template <class A>
   FC_INLINE_MEMBER static V<A> leaks(const Constants<A>& c, int64_t i, V<A> x) {
-    return kTimes ? x * c.leak[i] : x / c.leak[i];
+    return kTimes ? x * c.leak[i] : c.over_leak(x, i);
   }
   template <class A>
   FC_INLINE_MEMBER static V<A> charge(const Constants<A>& c, int64_t i, V<A> x, V<A> v, V<A>&) {
@@ -140,11 +152,11 @@ struct QIF : Binary {  // a0, v_rest, v_c
   }
   template <class A>
   FC_INLINE_MEMBER static V<A> charge(const Constants<A>& c, int64_t i, V<A> x, V<A> v, V<A>&) {
-    return v + drive<A>(c, x, v) / c.leak[i];
+    return v + c.over_leak(drive<A>(c, x, v), i);
   }
   template <class A>
   FC_INLINE_MEMBER static void charge_backward(const Constants<A>& c, int64_t i, const Before<A>& b, Gradient<A>& g) {
-    const V<A> leaked = g.v / c.leak[i];
+    const V<A> leaked = c.over_leak(g.v, i);
     g.leak = g.v * drive<A>(c, b.x, b.v);
     g.x = leaked;
     g.v = g.v + leaked * (c.c[0] * (b.v - c.c[1]) + c.c[0] * (b.v - c.c[2]));
@@ -155,7 +167,7 @@ struct EIF : Binary {  // v_rest, theta_rh, delta_T
   static constexpr bool kKeeps = true;
   template <class A>
   FC_INLINE_MEMBER static V<A> rises(const Constants<A>& c, V<A> v) {
-    return exp<A>((v - c.c[1]) / c.c[2]);
+    return exp<A>(c.over(v - c.c[1], 2));
   }
   template <class Self, class A>
   FC_INLINE_MEMBER static V<A> keep(const Constants<A>& c, int64_t, V<A> v, V<A>) {
@@ -163,11 +175,11 @@ struct EIF : Binary {  // v_rest, theta_rh, delta_T
   }
   template <class A>
   FC_INLINE_MEMBER static V<A> charge(const Constants<A>& c, int64_t i, V<A> x, V<A> v, V<A>&) {
-    return v + (x + c.c[0] - v + c.c[2] * rises<A>(c, v)) / c.leak[i];
+    return v + c.over_leak(x + c.c[0] - v + c.c[2] * rises<A>(c, v), i);
   }
   template <class A>
   FC_INLINE_MEMBER static void charge_backward(const Constants<A>& c, int64_t i, const Before<A>& b, Gradient<A>& g) {
-    const V<A> leaked = g.v / c.leak[i], rise = b.kept;
+    const V<A> leaked = c.over_leak(g.v, i), rise = b.kept;
     g.leak = g.v * (b.x + c.c[0] - b.v + c.c[2] * rise);
     g.x = leaked;
     g.v = g.v + (leaked * rise - leaked);
@@ -178,8 +190,8 @@ struct Izhikevich : QIF {  // a0, v_rest, v_c, tau_w, a, b; w is the recovery
   static constexpr bool kSecond = true;
   template <class A>
   FC_INLINE_MEMBER static V<A> charge(const Constants<A>& c, int64_t i, V<A> x, V<A> v, V<A>& w) {
-    const V<A> h = v + (drive<A>(c, x, v) - w) / c.leak[i];
-    w = w + (c.c[4] * (h - c.c[1]) - w) / c.c[3];
+    const V<A> h = v + c.over_leak(drive<A>(c, x, v) - w, i);
+    w = w + c.over(c.c[4] * (h - c.c[1]) - w, 3);
     return h;
   }
   template <class A>
@@ -192,9 +204,9 @@ struct Izhikevich : QIF {  // a0, v_rest, v_c, tau_w, a, b; w is the recovery
   }
   template <class A>
   FC_INLINE_MEMBER static void charge_backward(const Constants<A>& c, int64_t i, const Before<A>& b, Gradient<A>& g) {
-    const V<A> recovered = g.w / c.c[3];
+    const V<A> recovered = c.over(g.w, 3);
     g.v = g.v + recovered * c.c[4];
-    const V<A> leaked = g.v / c.leak[i];
+    const V<A> leaked = c.over_leak(g.v, i);
     g.leak = g.v * (drive<A>(c, b.x, b.v) - b.w);
     g.x = leaked;
     g.w = g.w - recovered - leaked;

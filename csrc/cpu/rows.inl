@@ -46,30 +46,27 @@ void write_spikes(const float* from, void* memory, int64_t stride, int64_t n, bo
       n, [&](int64_t i, auto width) { store_mask((S*)memory + i, load(from + i, Full{}) != 0.0f, width, stream); });
 }
 
-// A row of whole numbers as bytes, and of bytes as bits, the first in the lowest.
+// A row of whole numbers as bytes.
 template <class A>
-void write_bytes(const A* from, uint8_t* to, int64_t stride, int64_t n) {
+void write_bytes(const A* from, uint8_t* to, int64_t stride, int64_t n, bool stream) {
   for_each_vector<A>(n, [&](int64_t i, auto width) {
     const V<A> x = load(from + i, Full{});
     if (stride == 1) {
-      store_bytes<A>(to + i, x, width);
+      store_bytes<A>(to + i, x, width, stream);
     } else {
       uint8_t lanes[kLanes<A>];
-      store_bytes<A>(lanes, x, Full{});
+      store_bytes<A>(lanes, x, Full{}, false);
       const int64_t count = n - i < kLanes<A> ? n - i : kLanes<A>;
       for (int64_t lane = 0; lane < count; ++lane) to[(i + lane) * stride] = lanes[lane];
     }
   });
 }
-static void write_bits(const uint8_t* bytes, uint8_t* bits, int64_t n) {
+// A row of 0 and 1 as bits, the first in the lowest; `from` has room for whole registers.
+template <class A>
+void write_bits(const A* from, uint8_t* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint64_t eight;
-    memcpy(&eight, bytes + i, 8);
-    bits[i / 8] = uint8_t(eight * 0x0102040810204080 >> 56);
-  }
-  if (i < n) bits[i / 8] = 0;
-  for (int64_t k = i; k < n; ++k) bits[i / 8] |= uint8_t(bytes[k] << (k - i));
+  for (; i + 8 <= n; i += 8) to[i / 8] = eight_bits(from + i);
+  if (i < n) to[i / 8] = uint8_t(eight_bits(from + i) & ((1 << (n - i)) - 1));
 }
 
 template <class A>

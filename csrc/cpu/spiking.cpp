@@ -116,6 +116,8 @@ void run(NeuronKernel kernel, NeuronProblem& p, const Walk& walk, bool backward,
            (s.neuron == 1 && (uintptr_t)s.data % 64 == 0 && s.step % line == 0 && s.panel % line == 0);
   };
   p.stream = out.numel() * bytes >= kStreamBytes && aligned(p.spikes) && aligned(p.grad_x) && aligned(p.v_seq);
+  // Bytes are stored eight or sixteen at a time.
+  if (p.spike_format == kSpikeBytes) p.stream = p.stream && p.spikes.step % 16 == 0 && p.spikes.panel % 16 == 0;
   const ScratchPlan plan(p, backward, walk.state_bytes());
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, p.steps * std::min(p.block, p.neurons)));
   parallel_for(p.blocks(), grain, [&](int64_t begin, int64_t end) {
@@ -218,10 +220,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_backward(
   p.block = neuron_block(rows_of(p, wanted != 0), walk.state_bytes());
   const auto partials = parameters.partials(p, wanted);
   run(spiking_kernels(checked_isa()).backward[walk.wide][p.neuron], p, walk, true, grad_x);
-  const bool divides = p.neuron == kLIF || p.neuron == kLIFDirect || p.neuron == kQIF || p.neuron == kEIF ||
-                       p.neuron == kIzhikevich || p.neuron == kKLIF || p.neuron == kKLIFDirect || p.neuron == kALIF ||
-                       p.neuron == kALIFDirect;
-  return {grad_x, grad_v, grad_w, parameters.gradients(p, wanted, divides)};
+  return {grad_x, grad_v, grad_w, parameters.gradients(p, wanted, divides_by_leak(p.neuron))};
 }
 
 }  // namespace fastcifar

@@ -108,6 +108,11 @@ constexpr bool soft_reset_only(int neuron) {
   return neuron == kILIF || neuron == kSignedIF || neuron >= kLeakySubtract;
 }
 constexpr bool binary_spikes(int neuron) { return neuron != kILIF && neuron != kSignedIF; }
+// Whether its leak is a time constant, by which it divides.
+constexpr bool divides_by_leak(int neuron) {
+  return neuron == kLIF || neuron == kLIFDirect || neuron == kQIF || neuron == kEIF || neuron == kIzhikevich ||
+         neuron == kKLIF || neuron == kKLIFDirect || neuron == kALIF || neuron == kALIFDirect;
+}
 // Whether backward needs the state before each charge, even where no parameter takes a gradient.
 constexpr bool charge_is_curved(int neuron) { return neuron == kQIF || neuron == kIzhikevich || neuron == kLeakyZero; }
 // Whether it keeps a value of its own from recomputation.

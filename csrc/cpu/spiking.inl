@@ -33,16 +33,26 @@ struct Block {
         read(RowTables<A>::read[problem.storage]) {
     Values<A>* const values[kParameters] = {&c.leak, &c.threshold, &c.gain, &c.scale, &c.shift};
     const int64_t length = p.neurons < p.block ? round_up(p.neurons) : p.block;
+    const double leak = p.parameters[kLeak].number;
+    c.times = divides_by_leak(p.neuron) && !p.parameters[kLeak].data && is_power_of_two(A(leak));
     for (int k = 0; k < (p.affine ? kParameters : kScale); ++k) {
-      A* to = row(plan.parameters[k]);
+      const Parameter& parameter = p.parameters[k];
+      A *to = row(plan.parameters[k]), value = A(parameter.number);
       values[k]->at = to;
-      if (!p.parameters[k].data)
-        for (int64_t i = 0; i < length; ++i) to[i] = A(p.parameters[k].number);
+      if (parameter.data) value = *(const A*)parameter.data;
+      if (k == kLeak && c.times) value = A(1) / value;
+      if (!varies(parameter))
+        for (int64_t i = 0; i < length; ++i) to[i] = value;
     }
     c.reset = A(p.v_reset);
     c.rest = p.hard_reset ? A(p.v_reset) : A(0);
-    for (int i = 0; i < 6; ++i) c.c[i] = A(p.constants[i]);
+    for (int k = 0; k < 6; ++k) {
+      c.c[k] = A(p.constants[k]);
+      c.exact[k] = is_power_of_two(c.c[k]);
+      c.inverse[k] = A(1) / c.c[k];
+    }
   }
+  static bool varies(const Parameter& parameter) { return parameter.data && parameter.period > 1; }
   static int64_t round_up(int64_t n) { return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>; }
   void enter(int64_t block) {
     index = block;
@@ -50,8 +60,8 @@ struct Block {
     offset = (index - panel * p.blocks_per_panel()) * p.block;
     neurons = p.neurons - offset < p.block ? p.neurons - offset : p.block;
     padded = round_up(neurons);
-    for (int i = 0; i < kParameters; ++i)
-      if (p.parameters[i].data) load_parameter(p.parameters[i], row(plan.parameters[i]));
+    for (int k = 0; k < kParameters; ++k)
+      if (varies(p.parameters[k])) load_parameter(p.parameters[k], row(plan.parameters[k]));
   }
   int64_t first() const { return panel * p.neurons + offset; }  // of the block's neurons, over all panels
   void load_parameter(const Parameter& parameter, A* to) const {
@@ -59,7 +69,7 @@ struct Block {
     int64_t entry = first() / parameter.inner % parameter.period;
     for (int64_t i = 0, left = parameter.inner - first() % parameter.inner; i < neurons; left = parameter.inner) {
       const int64_t end = neurons - i < left ? neurons : i + left;
-      for (; i < end; ++i) to[i] = from[entry];
+      for (const A value = from[entry]; i < end; ++i) to[i] = value;
       if (++entry == parameter.period) entry = 0;
     }
   }
@@ -108,10 +118,8 @@ struct Block {
   }
   void deliver_packed(A* spikes, int64_t t) const {
     if (p.spike_format == kSpikeBytes)
-      return write_bytes<A>(spikes, (uint8_t*)memory(p.spikes, t, 1), p.spikes.neuron, neurons);
-    uint8_t* bytes = (uint8_t*)spikes;  // in place: a spike's byte lies below the spike
-    write_bytes<A>(spikes, bytes, 1, neurons);
-    write_bits(bytes, (uint8_t*)p.spikes.data + t * p.spikes.step + first() / 8, neurons);
+      return write_bytes<A>(spikes, (uint8_t*)memory(p.spikes, t, 1), p.spikes.neuron, neurons, p.stream);
+    write_bits<A>(spikes, (uint8_t*)p.spikes.data + t * p.spikes.step + first() / 8, neurons);
   }
 
   void load_state(const void* from, double otherwise, A* to) const {

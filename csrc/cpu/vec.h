@@ -216,14 +216,38 @@ FC_INLINE auto to_bytes(V<A> x) {
   return __builtin_convertvector(__builtin_convertvector(x, I<A>), Bytes);
 }
 template <class A>
-FC_INLINE void store_bytes(uint8_t* p, V<A> x, Full) {
+FC_INLINE void store_bytes(uint8_t* p, V<A> x, Full, bool stream) {
   const auto bytes = to_bytes<A>(x);
+  if constexpr (sizeof bytes >= 8) {
+    if (stream) return stream_raw(p, bytes);
+  }
   memcpy(p, &bytes, sizeof bytes);
 }
 template <class A>
-FC_INLINE void store_bytes(uint8_t* p, V<A> x, Tail tail) {
+FC_INLINE void store_bytes(uint8_t* p, V<A> x, Tail tail, bool) {
   const auto bytes = to_bytes<A>(x);
   memcpy(p, &bytes, tail.count);
+}
+
+// Which of eight numbers are not 0.
+FC_INLINE uint8_t eight_bits(const double* p) {
+  uint8_t bits = 0;
+  for (int k = 0; k < 8; ++k) bits |= uint8_t((p[k] != 0.0) << k);
+  return bits;
+}
+FC_INLINE uint8_t eight_bits(const float* p) {
+#if FASTCIFAR_VECTOR_BYTES >= 32
+  const __m256 eight = _mm256_loadu_ps(p);
+  return uint8_t(_mm256_movemask_ps(_mm256_cmp_ps(eight, _mm256_setzero_ps(), _CMP_NEQ_UQ)));
+#elif defined(__x86_64__)
+  const __m128 zero = _mm_setzero_ps();
+  const int low = _mm_movemask_ps(_mm_cmpneq_ps(_mm_loadu_ps(p), zero));
+  return uint8_t(low | _mm_movemask_ps(_mm_cmpneq_ps(_mm_loadu_ps(p + 4), zero)) << 4);
+#else
+  uint8_t bits = 0;
+  for (int k = 0; k < 8; ++k) bits |= uint8_t((p[k] != 0.0f) << k);
+  return bits;
+#endif
 }
 
 // Asks for what will be read one page further on. A kernel that takes a block of neurons through time reads a row of

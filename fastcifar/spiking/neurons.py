@@ -27,7 +27,7 @@ IDS = {
         )
     )
 }
-WIDE = ("if", "signed_if")  # take a float64 state with float32 currents
+WIDE = ("integrate_and_fire", "signed_if")  # functions that take a float64 state with float32 currents
 SECOND_STATE = ("izhikevich", "cuba_lif", "alif", "alif_direct", "signed_if")
 SPIKE_FORMATS = ("float", "uint8", "packed")
 
@@ -67,19 +67,23 @@ def run(
     numbers = [leak, threshold, gain, *constants]
     tensors: tuple[Tensor | None, ...] = _NO_TENSORS
     dtype = _library.state_dtype(x.dtype) if v is None or v.dtype in _HALF else v.dtype
-    if scale is not None or shift is not None or any(isinstance(p, Tensor) for p in numbers[:3]):
+    plain = isinstance(leak, (int, float)) and isinstance(threshold, (int, float)) and isinstance(gain, (int, float))
+    if scale is not None or shift is not None or not plain:
         given = (*numbers[:3], scale, shift)
         tensors = tuple(p.to(dtype) if isinstance(p, Tensor) else None for p in given)
         numbers[:3] = [0.0 if isinstance(p, Tensor) else p for p in numbers[:3]]
     graph = torch.is_grad_enabled() and (
-        x.requires_grad or any(t is not None and t.requires_grad for t in (v, w, *tensors))
+        x.requires_grad
+        or (v is not None and v.requires_grad)
+        or (w is not None and w.requires_grad)
+        or (tensors is not _NO_TENSORS and any(t is not None and t.requires_grad for t in tensors))
     )
     if graph and spike_format != "float":
         raise ValueError(
             f"{op}: expected no gradient to be asked for with spike_format={spike_format!r}, whose spikes have none "
             "(call it under torch.no_grad())"
         )
-    if not (surrogates.in_kernel(surrogate) and _library.owned("neuron_forward", x.device.type)):
+    if not (surrogates.in_kernel(surrogate) and _library.serves("neuron_forward", x)):
         spikes, *rest = reference()
         return (_formatted(spikes, spike_format), *rest)
     if v is not None or w is not None:
@@ -138,57 +142,56 @@ def check_sequence(op: str, x: Tensor, states: dict[str, Tensor | None]) -> None
         )
     if x.dim() == 0:
         raise ValueError(f"{op}: expected x of shape [T, N...], time first, got a scalar tensor")
-    if all(state is None for state in states.values()):
-        return
-    wide = op in ("integrate_and_fire", "signed_if") and x.dtype == torch.float32
-    dtypes = {t.dtype for t in states.values() if isinstance(t, Tensor)}
     for name, state in states.items():
-        if state is None:
-            continue
-        if not isinstance(state, Tensor):
-            raise TypeError(f"{op}: expected {name} to be a tensor [N...] or None, got {type(state).__name__}")
-        if state.device != x.device:
-            raise ValueError(f"{op}: expected {name} on x's device {x.device}, got {state.device}")
-        if state.shape != x.shape[1:]:
-            raise ValueError(
-                f"{op}: expected {name} of shape {tuple(x.shape[1:])} (x without time), got {tuple(state.shape)}"
-            )
-        fits = state.dtype in (x.dtype, _library.state_dtype(x.dtype)) or (wide and state.dtype == torch.float64)
-        if not fits or (wide and len(dtypes) > 1):
-            raise TypeError(
-                f"{op}: expected {name} in {_library.state_dtype(x.dtype)} or x's {x.dtype}, got {state.dtype}"
-            )
+        if state is not None:
+            _check_state(op, x, name, state, states)
+
+
+def _check_state(op: str, x: Tensor, name: str, state: Tensor, states: dict[str, Tensor | None]) -> None:
+    if not isinstance(state, Tensor):
+        raise TypeError(f"{op}: expected {name} to be a tensor [N...] or None, got {type(state).__name__}")
+    if state.device != x.device:
+        raise ValueError(f"{op}: expected {name} on x's device {x.device}, got {state.device}")
+    if state.shape != x.shape[1:]:
+        raise ValueError(
+            f"{op}: expected {name} of shape {tuple(x.shape[1:])} (x without time), got {tuple(state.shape)}"
+        )
+    own = _library.state_dtype(x.dtype)
+    wide = op in WIDE and x.dtype == torch.float32 and state.dtype == torch.float64
+    both = all(other is None or other.dtype == state.dtype for other in states.values())
+    if not (state.dtype in (x.dtype, own) or (wide and both)):
+        raise TypeError(f"{op}: expected {name} in {own} or x's {x.dtype}, got {state.dtype}")
 
 
 def check_parameter(op: str, name: str, value: Parameter, x: Tensor | None = None, above: float = -math.inf) -> None:
     """Raises the TypeError or ValueError of a wrong parameter; with ``x``, also of one that does not fit it. A tensor's
     values are not looked at, as on a GPU that would wait for them."""
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{op}: expected {name} to be a number or a floating tensor, got {value.dtype}")
-        if x is None:
-            return
-        if value.device != x.device:
-            raise ValueError(f"{op}: expected {name} on x's device {x.device}, got {value.device}")
-        inner = x.shape[1:]
-        pairs = zip(reversed(value.shape), reversed(inner), strict=False)
-        if value.dim() > len(inner) or any(size not in (1, n) for size, n in pairs):
-            raise ValueError(
-                f"{op}: expected {name} to broadcast against {tuple(inner)} (x without time), got {tuple(value.shape)}"
-            )
+    if isinstance(value, (int, float)):  # asked first: to ask whether a number is a Tensor takes far longer
+        if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
+            raise ValueError(f"{op}: expected {name} to be finite, got {value}")
+        if value <= above:
+            raise ValueError(f"{op}: expected {name} above {above:g}, got {value}")
         return
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, Tensor):
         raise TypeError(f"{op}: expected {name} to be a number or a tensor, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite does not trace with symbolic floats
-        raise ValueError(f"{op}: expected {name} to be finite, got {value}")
-    if value <= above:
-        raise ValueError(f"{op}: expected {name} above {above:g}, got {value}")
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: expected {name} to be a number or a floating tensor, got {value.dtype}")
+    if x is None:
+        return
+    if value.device != x.device:
+        raise ValueError(f"{op}: expected {name} on x's device {x.device}, got {value.device}")
+    inner = x.shape[1:]
+    pairs = zip(reversed(value.shape), reversed(inner), strict=False)
+    if value.dim() > len(inner) or any(size not in (1, n) for size, n in pairs):
+        raise ValueError(
+            f"{op}: expected {name} to broadcast against {tuple(inner)} (x without time), got {tuple(value.shape)}"
+        )
 
 
 def check_number(op: str, name: str, value: float, above: float = -math.inf) -> None:
     """Raises the TypeError or ValueError of a wrong number."""
-    if isinstance(value, Tensor):
-        raise TypeError(f"{op}: expected {name} to be a number, got Tensor")
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
     check_parameter(op, name, value, above=above)
 
 
@@ -213,7 +216,7 @@ def check_tau(op: str, tau: Parameter, decay_input: bool, x: Tensor | None = Non
     """Raises the TypeError or ValueError of a wrong membrane time constant."""
     check_parameter(op, "tau", tau, x)
     lowest = 1 if decay_input else 0
-    if not isinstance(tau, Tensor) and tau <= lowest:
+    if isinstance(tau, (int, float)) and tau <= lowest:
         raise ValueError(f"{op}: expected tau above {lowest} with decay_input={decay_input}, got {tau}")
 
 
@@ -221,7 +224,7 @@ def lif_neuron(neuron: str, tau: Parameter, decay_input: bool) -> tuple[str, Par
     """The kernel of a neuron with a leak, and its leak. Dividing by a power of two is multiplying by its reciprocal, to
     the bit, and several times as fast."""
     name = neuron if decay_input else f"{neuron}_direct"
-    if neuron == "lif" and not isinstance(tau, Tensor) and math.frexp(tau)[0] == 0.5 and tau < 2.0**60:
+    if neuron == "lif" and isinstance(tau, (int, float)) and math.frexp(tau)[0] == 0.5 and tau < 2.0**60:
         return name.replace("lif", "lif_times"), 1 / tau
     return name, tau
 

@@ -244,8 +244,7 @@ class NonzeroSignLogAbs(Surrogate, name="nonzero_sign_log_abs", kernel_id=7):
 
 @dataclass(frozen=True)
 class LeakyKReLU(Surrogate, name="leaky_k_relu", kernel_id=8):
-    r"""``g(u) = k`` where ``u >= 0``, else ``leak``: SpikingJelly's ``LeakyKReLU``; with both 1 its
-    ``DeterministicPass`` and snnTorch's ``straight_through_estimator``."""
+    r"""``g(u) = k`` where ``u >= 0``, else ``leak``: SpikingJelly's ``LeakyKReLU``."""
 
     leak: float = 0.0
     k: float = 1.0
@@ -284,8 +283,7 @@ class LeakySpike(Surrogate, name="leaky_spike", kernel_id=8):
 
 @dataclass(frozen=True)
 class Triangular(Surrogate, name="triangular", kernel_id=8):
-    r"""``g(u) = -threshold`` where ``u >= 0``, else ``threshold``: snnTorch's ``triangular``, whose sign above the
-    threshold is the opposite of a derivative's; kept so that networks trained there train the same here."""
+    r"""``g(u) = -threshold`` where ``u >= 0``, else ``threshold``: snnTorch's ``triangular``, wrong sign included."""
 
     threshold: float = 1.0
 
