@@ -126,11 +126,6 @@ void run(NeuronKernel kernel, NeuronProblem& p, const Walk& walk, bool backward,
   });
 }
 
-// Rows of the first-level cache that backward keeps of a neuron's steps; the forward has the same blocks.
-int64_t rows_of(const NeuronProblem& p, bool wanted) {
-  return p.steps * (1 + (wanted || charge_is_curved(p.neuron)) + has_second_state(p.neuron) + keeps_a_value(p.neuron));
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(Tensor x, OptionalTensor v, OptionalTensor w,
@@ -162,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(Tensor x, OptionalTens
     if (store_v_seq) v_seq = whole.new_sequence(walk.state_dtype());
   }
   const Sequences inputs(whole, std::move(given), p, {&p.x}, {&p.spikes, &p.v_seq});
-  p.block = neuron_block(rows_of(p, false), walk.state_bytes());
+  p.block = neuron_block(p.steps, walk.state_bytes());
   p.spike_format = int(spike_format);
   Tensor spikes = spike_format == kSpikeBits
                       ? empty_strided({walk.sizes[0], (step + 7) / 8}, {(step + 7) / 8, 1}, ScalarType::Byte)
@@ -217,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_backward(
   p.surrogate = int(surrogate);
   for (int i = 0; i < 3; ++i) p.widths[i] = widths[i];
   p.detach_reset = detach_reset;
-  p.block = neuron_block(rows_of(p, wanted != 0), walk.state_bytes());
+  p.block = neuron_block(p.steps, walk.state_bytes());
   const auto partials = parameters.partials(p, wanted);
   run(spiking_kernels(checked_isa()).backward[walk.wide][p.neuron], p, walk, true, grad_x);
   return {grad_x, grad_v, grad_w, parameters.gradients(p, wanted, divides_by_leak(p.neuron))};

@@ -155,11 +155,12 @@ struct ScratchPlan {
   }
 };
 
-// Neurons of a block whose `rows` rows stay in the first-level cache, a multiple of every lane count; where T is so
-// long that they cannot, still enough for whole cache lines.
-inline int64_t neuron_block(int64_t rows, int64_t compute_bytes) {
-  constexpr int64_t kBudget = 24 * 1024, kSmallest = 64, kLargest = 512;
-  const int64_t fit = kBudget / (compute_bytes * (rows + 1)) / kSmallest * kSmallest;
+// Neurons of a block whose membranes over all steps stay in the first-level cache, a multiple of every lane count;
+// where T is so long that they cannot, still enough for whole cache lines. Neurons that keep more than their membrane
+// have the same blocks, and their further rows in the second-level cache: shorter rows of x cost more than that.
+inline int64_t neuron_block(int64_t steps, int64_t compute_bytes) {
+  constexpr int64_t kBudget = 40 * 1024, kSmallest = 64, kLargest = 512;
+  const int64_t fit = kBudget / (compute_bytes * (steps + 1)) / kSmallest * kSmallest;
   return fit < kSmallest ? kSmallest : fit > kLargest ? kLargest : fit;
 }
 
