@@ -15,7 +15,7 @@ BUILT := $(VENV)/built-$(TORCH)
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-full test lint wheel sanitize gpu-check instructions publish data clean distclean
+.PHONY: help bench bench-full bench-grid test lint wheel sanitize gpu-check instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -52,6 +52,9 @@ bench: $(BUILT) ## check every op on real images, time it beside its peers, writ
 
 bench-full: ## the same with every workload and every peer
 	@FASTCIFAR_BENCH_FULL=1 $(MAKE) bench
+
+bench-grid: $(BUILT) ## IF, LIF, PLIF over lengths, shapes, resets, surrogates: geometric means over the peers
+	$(BIN)/python bench/grid.py
 
 publish: $(BUILT) ## put the last run's figures into README, docs and bench/results
 	$(BIN)/python bench/publish.py

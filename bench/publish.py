@@ -70,10 +70,25 @@ def publish(results: Results) -> None:
         mapped = {case.workload for case in parts["cases"] if case.mapped}  # fresh memory, not the op, decides these
         plain = [case for case in parts["cases"] if case.workload not in mapped]
         plots.hero(plain[:2], where, ROOT / "docs" / "images" / f"bench_{family}.png")
-    spiking = results.families["spiking"]["cases"]
+    spiking = [case for case in results.families["spiking"]["cases"] if case.op == "lif"]
+    plif = [case for case in results.families["spiking"]["cases"] if case.op == "plif"]
     caption = f"Measured by `make bench` on {results.lines[0]}; in brackets the multiple of the floor.\n\n"
-    insert(ROOT / "README.md", "bench", caption + compact(spiking))
+    insert(
+        ROOT / "README.md",
+        "bench",
+        caption
+        + compact(spiking)
+        + "\n\nPLIF, whose learnt time constant takes a sum over all neurons and steps:\n\n"
+        + compact(plif),
+    )
     insert(ROOT / "docs" / "memory.md", "memory", markdown_table(results.families["memory"]["overhead"][0]))
+    for marker, word in (("neurons", "every neuron"), ("packed", "packed_conv2d")):
+        found = [cells for cells in results.families["spiking"]["overhead"] if cells[0][0].startswith(word)]
+        page = caption.replace("; in brackets the multiple of the floor", "") + "\n\n".join(map(markdown_table, found))
+        insert(ROOT / "docs" / "spiking.md", marker, page)
+    grid = HERE / "results" / f"grid-{name}.md"
+    if grid.exists():
+        insert(ROOT / "docs" / "spiking.md", "grid", grid.read_text().strip())
 
 
 def main() -> int:

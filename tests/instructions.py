@@ -10,7 +10,6 @@ not AVX-512.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import re
 import subprocess
@@ -44,9 +43,9 @@ def run() -> None:
     for isa in ISAS:
         calls = [("float32", x, neuron, 0) for neuron in NEURON_IDS] + [("bfloat16", half, LIF, 0)]
         calls += [("float32", x, LIF, surrogate) for surrogate in SURROGATES[1:]]
-        for (dtype, given, neuron, surrogate), done in zip(calls, itertools.count(), strict=False):
+        for dtype, given, neuron, surrogate in calls:
             out = np.empty_like(given)
-            if done <= len(NEURON_IDS):
+            if surrogate == 0:
                 _host.neuron_forward(isa, dtype, neuron, STEPS, NEURONS, given, None, out, state, numbers=numbers)
             _host.neuron_backward(
                 *(isa, dtype, neuron, STEPS, NEURONS, given, None, None, given, None, out, None),
@@ -56,18 +55,16 @@ def run() -> None:
             )
 
 
-def measure() -> dict[str, float]:
-    """Instructions an element-step of each kernel, what it calls included, in one run of Python under callgrind."""
+def measure() -> dict[str, int]:
+    """Instructions of each kernel in all its calls, what it calls included, in one run of Python under callgrind."""
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out"
         command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=*_blocks<*"]
-        command += ["--separate-callers0=*", f"--callgrind-out-file={out}", sys.executable, __file__, "--run"]
-        command.remove("--separate-callers0=*")
+        command += [f"--callgrind-out-file={out}", sys.executable, __file__, "--run"]
         subprocess.run(command, check=True, capture_output=True)
         command = ["callgrind_annotate", "--inclusive=yes", "--threshold=100", out]
         shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = [(name.replace("fastcifar::", ""), int(n.replace(",", ""))) for n, name in KERNEL.findall(shown)]
-    counts = {name: count for name, count in found}
+    counts = {name.replace("fastcifar::", ""): int(n.replace(",", "")) for n, name in KERNEL.findall(shown)}
     if not any("Izhikevich" in name for name in counts):
         raise RuntimeError(f"expected the neurons' kernels in callgrind's output, got {sorted(counts)}")
     return dict(sorted(counts.items()))

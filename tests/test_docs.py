@@ -16,10 +16,12 @@ def _blocks(page):
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("block", range(len(_blocks(ROOT / "README.md"))))
-def test_readme_example_runs_as_written(block):
-    code = _blocks(ROOT / "README.md")[block]
-    exec(compile(code, f"README.md, example {block}", "exec"), {})
+BLOCKS = [(page, code) for page in PAGES for code in _blocks(page)]
+
+
+@pytest.mark.parametrize(("page", "code"), BLOCKS, ids=[page.name for page, _ in BLOCKS])
+def test_example_runs_as_written(page, code):
+    exec(compile(code, f"an example in {page.name}", "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
