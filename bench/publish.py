@@ -82,7 +82,7 @@ def publish(results: Results) -> None:
         + compact(plif),
     )
     insert(ROOT / "docs" / "memory.md", "memory", markdown_table(results.families["memory"]["overhead"][0]))
-    for marker, word in (("neurons", "every neuron"), ("packed", "packed_conv2d")):
+    for marker, word in (("neurons", "every neuron"), ("formats", "spike formats"), ("packed", "packed_conv2d")):
         found = [cells for cells in results.families["spiking"]["overhead"] if cells[0][0].startswith(word)]
         page = caption.replace("; in brackets the multiple of the floor", "") + "\n\n".join(map(markdown_table, found))
         insert(ROOT / "docs" / "spiking.md", marker, page)

@@ -158,7 +158,9 @@ def test_every_instruction_set_gives_the_same_bits():
                 host.neuron_forward(isa, dtype, neuron, steps, neurons, x, None, out, v_last, numbers=numbers)
                 host.neuron_backward(
                     *(isa, dtype, neuron, steps, neurons, g, None, None, x, None, grad_x, None),
-                    numbers=numbers, surrogate=surrogate, widths=[1.0, 2.0, 3.0],
+                    numbers=numbers,
+                    surrogate=surrogate,
+                    widths=[1.0, 2.0, 3.0],
                 )
                 results.append((out.tobytes(), v_last.tobytes(), grad_x.tobytes()))
             assert len(set(results)) == 1, (dtype, neuron, surrogate)

@@ -131,7 +131,7 @@ def test_unusual_shapes(shape):
 
 
 @needs_extension
-def test_dense_layouts_are_kept():
+def test_dense_layouts_are_kept_and_read_in_place():
     x = _currents(3, 2, 5, 4, 6)
     for layout in (
         x,
@@ -139,10 +139,12 @@ def test_dense_layouts_are_kept():
         x.transpose(0, 1).contiguous().transpose(0, 1),
         x.movedim(0, -1).contiguous().movedim(-1, 0),
     ):
-        leaf = layout.detach().requires_grad_()
-        spikes, _, v_seq = lif(leaf, store_v_seq=True)
-        assert spikes.stride() == v_seq.stride() == layout.stride()
-        assert torch.autograd.grad(spikes.sum(), leaf)[0].stride() == layout.stride()
+        leaf, grad = layout.detach().requires_grad_(), torch.ones_like(layout)
+        with torch.profiler.profile() as profile:
+            spikes, _, v_seq = lif(leaf, store_v_seq=True)
+            (grad_x,) = torch.autograd.grad(spikes, leaf, grad)
+        assert spikes.stride() == v_seq.stride() == grad_x.stride() == layout.stride()
+        assert not [event.key for event in profile.key_averages() if "copy" in event.key or "clone" in event.key]
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)

@@ -208,7 +208,7 @@ def signed_if(
     Args:
         x: currents ``[T, N...]``, in the unit of the threshold.
         v: membrane before the first step over the threshold, ``[N...]``; None starts at 0.5. A float64 state with
-            float32 ``x`` is kept in float64, in which sums over time do not round.
+            float32 ``x`` is kept in float64, in which little but the quotient ``X / v_threshold`` rounds.
         w: sum of the spikes before the first step, ``[N...]``, integers in v's dtype; None starts at 0.
         v_threshold: a number above 0 or a tensor that broadcasts against ``[N...]``; may be learnt. Default 1.
         s_max, s_min: bounds of W. Infinities: no bound, and no negative spikes.
