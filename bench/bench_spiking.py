@@ -242,8 +242,8 @@ def test_every_neuron_takes_the_time_of_lif(paired: Paired, mode: str) -> None:
 @pytest.mark.skipif(not KERNEL, reason="no kernel of fastcifar's serves this device")
 @pytest.mark.keep_mapped
 def test_spikes_as_bytes_and_bits(paired: Paired) -> None:
-    """What narrower spikes save of the forward pass at large N: 8 bytes an element-step become 5 and 4.1. With 128 MiB of
-    currents it is memory that is measured and not what a call costs."""
+    """What narrower spikes save of the forward pass at large N: 8 bytes an element-step become 5 and 4.1. With 128 MiB
+    of currents it is memory that is measured and not what a call costs."""
     (x,) = (t.to(DEVICE) for t in currents(16, BIG, torch.float32))
     formats = ("float", "uint8", "packed")
     float_spikes, byte_spikes, packed = (functional.lif(x, spike_format=name)[0] for name in formats)
