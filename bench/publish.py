@@ -67,8 +67,9 @@ def publish(results: Results) -> None:
     for family, parts in results.families.items():
         if not parts["cases"]:
             continue
-        mapped = {case.workload for case in parts["cases"] if case.mapped}  # fresh memory, not the op, decides these
-        plain = [case for case in parts["cases"] if case.workload not in mapped]
+        # Fresh memory, not the op, decides these.
+        mapped = {(case.op, case.workload) for case in parts["cases"] if case.mapped}
+        plain = [case for case in parts["cases"] if (case.op, case.workload) not in mapped]
         plots.hero(plain[:2], where, ROOT / "docs" / "images" / f"bench_{family}.png")
     spiking = [case for case in results.families["spiking"]["cases"] if case.op == "lif"]
     plif = [case for case in results.families["spiking"]["cases"] if case.op == "plif"]
