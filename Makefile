@@ -53,8 +53,9 @@ bench: $(BUILT) ## check every op on real images, time it beside its peers, writ
 bench-full: ## the same with every workload and every peer
 	@FASTCIFAR_BENCH_FULL=1 $(MAKE) bench
 
-bench-grid: $(BUILT) ## IF, LIF, PLIF over lengths, shapes, resets, surrogates: geometric means over the peers
+bench-grid: $(BUILT) ## many more sizes and settings of neurons and spectral gates: geometric means over the peers
 	$(BIN)/python bench/grid.py
+	$(BIN)/python bench/grid_spectral.py
 
 publish: $(BUILT) ## put the last run's figures into README, docs and bench/results
 	$(BIN)/python bench/publish.py

@@ -134,7 +134,8 @@ def compare(paired: Paired, workload: Workload, mode: str, mapped: bool, candida
         call = calls[candidate.name] = _work(function, inputs, gradient, backward)
         facts: dict[str, Any] = {"first_call": first, "peak_bytes": peak_memory(call)}
         if backward:
-            facts["saved_inputs"], facts["saved_others"] = saved_for_backward(lambda f=function: f(*inputs), inputs)
+            _, facts["saved_others"] = saved_for_backward(lambda f=function: f(*inputs), inputs)
+            facts["saved_inputs"], _ = saved_for_backward(lambda f=function: f(*inputs), inputs[:1])  # of x alone
         paired.record(candidate.name, **facts)
     expected.clear()
     paired.record(FLOOR, role="floor")

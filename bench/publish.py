@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ def compact(cases: list[Case]) -> str:
             row = rows.get(name)
             line.append("" if row is None or row.seconds is None else f"{duration(row.seconds)} ({row.floors:.1f})")
         cells.append([*line, duration(case.floor)])
+    return markdown_table(cells)
+
+
+def kept(cases: list[Case]) -> str:
+    """A line a workload: what autograd keeps for backward, bytes an element, and the peak of memory."""
+    cases = [case for case in cases if case.mode == "forward+backward"]
+    names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.role != "floor"))
+    cells = [["saved for backward, bytes an element, and peak extra memory", *names]]
+    for case in cases:
+        rows = {row.name: row for row in case.rows if row.seconds is not None}
+        line = [f"{case.op}, {case.title}"]
+        line += [f"{rows[name].saved}, {rows[name].peak_mb:.3g} MB" if name in rows else "" for name in names]
+        cells.append(line)
     return markdown_table(cells)
 
 
@@ -64,13 +78,11 @@ def publish(results: Results) -> None:
     if about["device"] != "cpu":
         return
     where = f"{about['cpu']}, {about['threads']} threads"
-    for family, parts in results.families.items():
-        if not parts["cases"]:
-            continue
-        # Fresh memory, not the op, decides these.
-        mapped = {(case.op, case.workload) for case in parts["cases"] if case.mapped}
-        plain = [case for case in parts["cases"] if (case.op, case.workload) not in mapped]
-        plots.hero(plain[:2], where, ROOT / "docs" / "images" / f"bench_{family}.png")
+    neurons = results.families["spiking"]["cases"]
+    # Fresh memory, not the op, decides these.
+    mapped = {(case.op, case.workload) for case in neurons if case.mapped}
+    plain = [case for case in neurons if (case.op, case.workload) not in mapped]
+    plots.hero(plain[:2], where, ROOT / "docs" / "images" / "bench_spiking.png")
     spiking = [case for case in results.families["spiking"]["cases"] if case.op == "lif"]
     plif = [case for case in results.families["spiking"]["cases"] if case.op == "plif"]
     caption = f"Measured by `make bench` on {results.lines[0]}; in brackets the multiple of the floor.\n\n"
@@ -87,9 +99,25 @@ def publish(results: Results) -> None:
         found = [cells for cells in results.families["spiking"]["overhead"] if cells[0][0].startswith(word)]
         page = caption.replace("; in brackets the multiple of the floor", "") + "\n\n".join(map(markdown_table, found))
         insert(ROOT / "docs" / "spiking.md", marker, page)
-    grid = HERE / "results" / f"grid-{name}.md"
-    if grid.exists():
-        insert(ROOT / "docs" / "spiking.md", "grid", grid.read_text().strip())
+    publish_spectral(results, caption)
+    for family, prefix in (("spiking", "grid"), ("spectral", "grid-spectral")):
+        grid = HERE / "results" / f"{prefix}-{name}.md"
+        if grid.exists():
+            insert(ROOT / "docs" / f"{family}.md", "grid", grid.read_text().strip())
+
+
+def publish_spectral(results: Results, caption: str) -> None:
+    if "spectral" not in results.families:
+        return
+    family, page = results.families["spectral"], ROOT / "docs" / "spectral.md"
+    gate = [case for case in family["cases"] if case.op == "spectral_gate"]
+    others = [case for case in family["cases"] if case.op in ("afno", "fnet")]
+    for path in (page, ROOT / "README.md"):
+        insert(path, "spectral", caption + compact(gate))
+    insert(page, "kept", kept(gate + others))
+    named = [replace(case, workload=f"{case.op}, {case.workload}") for case in others]
+    insert(page, "mixers", caption + compact(named))
+    insert(page, "training", "\n\n".join(map(markdown_table, family["overhead"])))
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-FAMILIES = ["spiking", "packed"]  # and what of a family has files of its own
+FAMILIES = ["spiking", "packed", "spectral"]  # and what of a family has files of its own
 ISAS = ["baseline", "avx2", "avx512"]
 
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.
@@ -13,6 +13,7 @@ KERNEL_SOURCES = ["csrc/cpu/dispatch.cpp", *[f"csrc/cpu/isa/{isa}.cpp" for isa i
 EXTENSION_SOURCES = ["csrc/ops.cpp", *[f"csrc/cpu/{family}.cpp" for family in FAMILIES], *KERNEL_SOURCES]
 HOST_SOURCES = ["csrc/host/bindings.cpp", *KERNEL_SOURCES]
 HEADERS = [
+    "csrc/butterflies.h",
     "csrc/common.h",
     "csrc/ops.h",
     "csrc/cpu/types.h",
@@ -23,6 +24,7 @@ HEADERS = [
     "fastcifar/_schemas.inc",
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
+    *[f"csrc/cpu/{part}" for part in ("fft.inl", "grid.inl")],  # of spectral
 ]
 
 # -O3, not -O2: it takes the branches on a call's options out of the inner loops, which halves their time.

@@ -49,6 +49,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("neuron_forward", TORCH_BOX(&fastcifar::neuron_forward));
   m.impl("neuron_backward", TORCH_BOX(&fastcifar::neuron_backward));
   m.impl("packed_conv", TORCH_BOX(&fastcifar::packed_conv));
+  // spectral
+  m.impl("spectral_gate_forward", TORCH_BOX(&fastcifar::spectral_gate_forward));
+  m.impl("spectral_gate_backward", TORCH_BOX(&fastcifar::spectral_gate_backward));
+  m.impl("spectrum_forward", TORCH_BOX(&fastcifar::spectrum_forward));
+  m.impl("spectrum_inverse", TORCH_BOX(&fastcifar::spectrum_inverse));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -24,4 +24,11 @@ Tensor packed_conv(Tensor bits, Tensor weight, OptionalTensor bias, int64_t heig
                    std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                    std::vector<int64_t> dilation);
 
+// spectral
+Tensor spectral_gate_forward(Tensor x, Tensor weight, bool wide);
+std::tuple<Tensor, Tensor> spectral_gate_backward(Tensor grad, Tensor x, Tensor weight, bool wants_x,
+                                                  bool wants_weight);
+Tensor spectrum_forward(Tensor x, int64_t blocks, double inner);
+Tensor spectrum_inverse(Tensor spectrum, int64_t width, double inner);
+
 }  // namespace fastcifar

@@ -254,19 +254,85 @@ def _packed_conv_fake(bits, weight, bias, height, width, kernel, stride, padding
     return weight.new_empty((bits.shape[0], *out, weight.shape[1]))
 
 
+# ---- spectral --------------------------------------------------------------------------------------------------------
+# A vmapped dimension joins the batch, or, where the weight (or its gradient) has it too, the channels.
+
+
+def _spectral_gate_forward_fake(x, weight, wide):
+    return x.new_empty(x.shape, dtype=state_dtype(x.dtype) if wide else x.dtype)
+
+
+def _spectral_gate_backward_fake(grad, x, weight, wants_x, wants_weight):
+    none = (0,)
+    return x.new_empty(x.shape if wants_x else none), weight.new_empty(weight.shape if wants_weight else none)
+
+
+def _spectrum_forward_fake(x, blocks, inner):
+    batch, height, width, channels = x.shape
+    shape = (blocks, batch, height, width // 2 + 1, 2, channels // blocks)
+    return x.new_empty(shape, dtype=state_dtype(x.dtype))
+
+
+def _spectrum_inverse_fake(spectrum, width, inner):
+    blocks, batch, height, _, _, channels = spectrum.shape
+    return spectrum.new_empty((batch, height, width, blocks * channels))
+
+
+def _joined(t: Tensor, dim: int | None, to: int, size: int) -> Tensor:
+    """``t`` with its batch dimension (expanded where it has none) merged into the one that is then after it."""
+    moved = _move(t, dim, to, size)
+    assert moved is not None
+    return moved.flatten(to, to + 1)
+
+
+def _spectral_gate_forward_vmap(info, in_dims, x, weight, wide):
+    size = info.batch_size
+    if in_dims[1] is None:
+        out = torch.ops.fastcifar.spectral_gate_forward(_joined(x, in_dims[0], 0, size), weight, wide)
+        return out.unflatten(0, (size, -1)), 0
+    x, weight = _joined(x, in_dims[0], 3, size), _joined(weight, in_dims[1], 2, size)
+    return torch.ops.fastcifar.spectral_gate_forward(x, weight, wide).unflatten(3, (size, -1)), 3
+
+
+def _spectral_gate_backward_vmap(info, in_dims, grad, x, weight, wants_x, wants_weight):
+    size = info.batch_size
+    if in_dims[2] is None and not wants_weight:
+        grad, x = (_joined(t, d, 0, size) for t, d in zip((grad, x), in_dims, strict=False))
+        grad_x, none = torch.ops.fastcifar.spectral_gate_backward(grad, x, weight, wants_x, wants_weight)
+        return (grad_x.unflatten(0, (size, -1)) if wants_x else grad_x, none), (0 if wants_x else None, None)
+    grad, x = (_joined(t, d, 3, size) for t, d in zip((grad, x), in_dims, strict=False))
+    weight = _joined(weight, in_dims[2], 2, size)
+    grad_x, grad_weight = torch.ops.fastcifar.spectral_gate_backward(grad, x, weight, wants_x, wants_weight)
+    grad_x = grad_x.unflatten(3, (size, -1)) if wants_x else grad_x
+    grad_weight = grad_weight.unflatten(2, (size, -1)) if wants_weight else grad_weight
+    return (grad_x, grad_weight), (3 if wants_x else None, 2 if wants_weight else None)
+
+
+def _spectrum_forward_vmap(info, in_dims, x, blocks, inner):
+    out = torch.ops.fastcifar.spectrum_forward(_joined(x, in_dims[0], 0, info.batch_size), blocks, inner)
+    return out.unflatten(1, (info.batch_size, -1)), 1
+
+
+def _spectrum_inverse_vmap(info, in_dims, spectrum, width, inner):
+    out = torch.ops.fastcifar.spectrum_inverse(_joined(spectrum, in_dims[0], 1, info.batch_size), width, inner)
+    return out.unflatten(0, (info.batch_size, -1)), 0
+
+
 _define()
-for _op, _fake, _vmap in (
-    ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap),
-    ("neuron_backward", _neuron_backward_fake, _neuron_backward_vmap),
+for _op, _fake, _vmap, _source in (
+    ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap, "spiking"),
+    ("neuron_backward", _neuron_backward_fake, _neuron_backward_vmap, "spiking"),
+    ("packed_conv", _packed_conv_fake, None, "packed"),
+    ("spectral_gate_forward", _spectral_gate_forward_fake, _spectral_gate_forward_vmap, "spectral"),
+    ("spectral_gate_backward", _spectral_gate_backward_fake, _spectral_gate_backward_vmap, "spectral"),
+    ("spectrum_forward", _spectrum_forward_fake, _spectrum_forward_vmap, "spectral"),
+    ("spectrum_inverse", _spectrum_inverse_fake, _spectrum_inverse_vmap, "spectral"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
-    torch.library.register_vmap(f"{NAMESPACE}::{_op}", _vmap, lib=_keep[0])
+    if _vmap is not None:
+        torch.library.register_vmap(f"{NAMESPACE}::{_op}", _vmap, lib=_keep[0])
     if WHY_NO_EXTENSION is None:
-        OWNERS[_op, "cpu"] = "C++, csrc/cpu/spiking.inl"
-
-torch.library.register_fake(f"{NAMESPACE}::packed_conv", _packed_conv_fake, lib=_keep[0])
-if WHY_NO_EXTENSION is None:
-    OWNERS["packed_conv", "cpu"] = "C++, csrc/cpu/packed.inl"
+        OWNERS[_op, "cpu"] = f"C++, csrc/cpu/{_source}.inl"
 
 if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
     _triton("spiking", "neuron_forward", "neuron_backward")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FAMILIES = ("spiking",)
+FAMILIES = ("spiking", "spectral")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Inputs = dict[str, Tensor]
@@ -50,8 +50,10 @@ class OpSpec:
         sure: where the first output is not in ``exact``: the elements of it that no rounding may change, given inputs
             and options. They are compared to the bit, and the outputs that are not exact where all steps are sure.
         raw_ops: names in ``torch.ops.fastcifar``.
-        module: makes a module of the op, for round trips; its ``forward`` takes the first argument of ``sample``.
+        module: makes a module of the op, for round trips; its ``forward`` takes the first argument of ``sample``. None
+            where the op has no module of its own.
         bad_inputs: calls that must be refused.
+        smooth: the op has derivatives of any order, which gradcheck confirms; otherwise a second one is refused.
         dtypes: dtypes of the inputs.
         layouts: names of conformance.LAYOUTS that every dtype is run in, where the kernel shares its walk over memory
             with that of another op, which is run in all; None for all.
@@ -66,11 +68,12 @@ class OpSpec:
     differentiable: tuple[str, ...]
     exact: tuple[int, ...]
     raw_ops: tuple[str, ...]
-    module: Callable[[], nn.Module]
+    module: Callable[[], nn.Module] | None
     broadcast: tuple[str, ...] = ()
     comparable: Callable[[Outputs, Outputs], Tensor] | None = None
     sure: Callable[[Inputs, dict[str, Any]], Tensor] | None = None
     bad_inputs: tuple[BadInput, ...] = ()
+    smooth: bool = False
     dtypes: tuple[torch.dtype, ...] = field(default=DTYPES)
     layouts: tuple[str, ...] | None = None
 

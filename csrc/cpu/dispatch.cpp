@@ -32,6 +32,7 @@ namespace fastcifar {
 FC_TABLES(common_kernels, CommonKernels)
 FC_TABLES(spiking_kernels, SpikingKernels)
 FC_TABLES(packed_kernels, PackedKernels)
+FC_TABLES(spectral_kernels, SpectralKernels)
 
 Isa best_isa() {
 #if defined(__x86_64__)

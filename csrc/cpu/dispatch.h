@@ -2,6 +2,7 @@
 #pragma once
 #include "common_kernels.h"
 #include "packed.h"
+#include "spectral.h"
 #include "spiking.h"
 
 namespace fastcifar {
@@ -21,5 +22,6 @@ Isa select_isa(int isa);
 const CommonKernels& common_kernels(Isa isa);
 const SpikingKernels& spiking_kernels(Isa isa);
 const PackedKernels& packed_kernels(Isa isa);
+const SpectralKernels& spectral_kernels(Isa isa);
 
 }  // namespace fastcifar

@@ -5,5 +5,6 @@
 #define FASTCIFAR_VECTOR_BYTES 64
 #include "../common_kernels.inl"
 #include "../packed.inl"
+#include "../spectral.inl"
 #include "../spiking.inl"
 #endif

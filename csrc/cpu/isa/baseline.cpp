@@ -3,4 +3,5 @@
 #define FASTCIFAR_VECTOR_BYTES 16
 #include "../common_kernels.inl"
 #include "../packed.inl"
+#include "../spectral.inl"
 #include "../spiking.inl"
