@@ -110,7 +110,7 @@ def measure(shape: Grid, budget: float, rounds: int = ROUNDS) -> list[Point]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=200, help="of timing, all points together (default: 200)")
+    parser.add_argument("--seconds", type=float, default=150, help="of timing, all points together (default: 150)")
     arguments = parser.parse_args()
     random.seed(0)
     keep_memory_mapped()  # or whoever comes after a candidate that has freed much would pay for fresh memory

@@ -59,9 +59,14 @@ def _matrix(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _inner_scale(k, inner, W: tl.constexpr):
+def _dot(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _inner_scale(k, inner, W: tl.constexpr, dtype: tl.constexpr):
     """`inner`, but 1 in the columns that are their own mirror image."""
-    return tl.where((k == 0) | (2 * k == W), 1.0, inner)
+    return tl.where((k == 0) | (2 * k == W), 1.0, inner).to(dtype)
 
 
 # ---- transforms of a tile --------------------------------------------------------------------------------------------
@@ -73,16 +78,16 @@ def _forward(x, matrices, CT: tl.constexpr, DENSE: tl.constexpr, P: tl.constexpr
     if DENSE:
         NP: tl.constexpr = P[0]
         MP: tl.constexpr = P[1]
-        re = tl.dot(_matrix(matrices, MP, NP), x, input_precision=PRECISION)
-        im = tl.dot(_matrix(matrices + MP * NP, MP, NP), x, input_precision=PRECISION)
+        re = _dot(_matrix(matrices, MP, NP), x, PRECISION)
+        im = _dot(_matrix(matrices + MP * NP, MP, NP), x, PRECISION)
     else:
         HP: tl.constexpr = P[0]
         WP: tl.constexpr = P[1]
         KP: tl.constexpr = P[2]
         columns = matrices + 4 * KP * WP
-        rows = tl.dot(_matrix(matrices, 2 * KP, WP), x, input_precision=PRECISION)
+        rows = _dot(_matrix(matrices, 2 * KP, WP), x, PRECISION)
         rows = rows.reshape(2, KP, HP, CT).permute(0, 2, 1, 3).reshape(2 * HP, KP * CT)
-        both = tl.dot(_matrix(columns, 2 * HP, 2 * HP), rows, input_precision=PRECISION)
+        both = _dot(_matrix(columns, 2 * HP, 2 * HP), rows, PRECISION)
         re, im = tl.split(both.reshape(2, HP, KP * CT).permute(1, 2, 0))
     return re, im
 
@@ -94,17 +99,16 @@ def _inverse(re, im, matrices, CT: tl.constexpr, DENSE: tl.constexpr, P: tl.cons
         NP: tl.constexpr = P[0]
         MP: tl.constexpr = P[1]
         matrices += 2 * MP * NP
-        x = tl.dot(_matrix(matrices, NP, MP), re, input_precision=PRECISION)
-        x = tl.dot(_matrix(matrices + MP * NP, NP, MP), im, x, input_precision=PRECISION)
+        x = _dot(_matrix(matrices, NP, MP), re, PRECISION) + _dot(_matrix(matrices + MP * NP, NP, MP), im, PRECISION)
     else:
         HP: tl.constexpr = P[0]
         WP: tl.constexpr = P[1]
         KP: tl.constexpr = P[2]
         columns = matrices + 4 * KP * WP + 4 * HP * HP
         both = tl.join(re, im).permute(2, 0, 1).reshape(2 * HP, KP * CT)
-        both = tl.dot(_matrix(columns, 2 * HP, 2 * HP), both, input_precision=PRECISION)
+        both = _dot(_matrix(columns, 2 * HP, 2 * HP), both, PRECISION)
         both = both.reshape(2, HP, KP, CT).permute(0, 2, 1, 3).reshape(2 * KP, HP * CT)
-        x = tl.dot(_matrix(matrices + 2 * KP * WP, WP, 2 * KP), both, input_precision=PRECISION)
+        x = _dot(_matrix(matrices + 2 * KP * WP, WP, 2 * KP), both, PRECISION)
     return x
 
 
@@ -124,6 +128,7 @@ def _gate_kernel(
     x_h,
     x_w,
     per,
+    again,
     H: tl.constexpr,
     W: tl.constexpr,
     P: tl.constexpr,
@@ -146,8 +151,8 @@ def _gate_kernel(
         wi = -wi
     for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
         x = tl.load(x_ptr + b * x_b + places, is_token, 0.0).to(wr.dtype)
-        re, im = _forward(x, matrices, CT, DENSE, P, PRECISION)
-        y = _inverse(re * wr - im * wi, re * wi + im * wr, matrices, CT, DENSE, P, PRECISION)
+        re, im = _forward(x, matrices + b * again, CT, DENSE, P, PRECISION)
+        y = _inverse(re * wr - im * wi, re * wi + im * wr, matrices + b * again, CT, DENSE, P, PRECISION)
         tl.store(y_ptr + b * (H * W * C) + out, y.to(y_ptr.dtype.element_ty), is_token)
 
 
@@ -168,6 +173,7 @@ def _gate_backward_kernel(
     x_h,
     x_w,
     per,
+    again,
     H: tl.constexpr,
     W: tl.constexpr,
     P: tl.constexpr,
@@ -190,17 +196,18 @@ def _gate_backward_kernel(
     sum_im = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
     for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
         g = tl.load(g_ptr + b * g_b + of_g, is_token, 0.0).to(w_ptr.dtype.element_ty)
-        g_re, g_im = _forward(g, matrices, CT, DENSE, P, PRECISION)
+        g_re, g_im = _forward(g, matrices + b * again, CT, DENSE, P, PRECISION)
         x = tl.load(x_ptr + b * x_b + of_x, is_token, 0.0).to(w_ptr.dtype.element_ty)
-        x_re, x_im = _forward(x, matrices, CT, DENSE, P, PRECISION)
+        tl.debug_barrier()
+        x_re, x_im = _forward(x, matrices + 2 * b * again, CT, DENSE, P, PRECISION)
         sum_re += x_re * g_re + x_im * g_im
         sum_im += x_re * g_im - x_im * g_re
         if WANTS_X:  # gates are read again for each image: from a cache, and they would take a third of the registers
             wr = tl.load(w_ptr + gates, is_gate, 0.0)
             wi = tl.load(w_ptr + gates + 1, is_gate, 0.0)
-            grad = _inverse(g_re * wr + g_im * wi, g_im * wr - g_re * wi, matrices, CT, DENSE, P, PRECISION)
+            grad = _inverse(g_re * wr + g_im * wi, g_im * wr - g_re * wi, matrices + b * again, CT, DENSE, P, PRECISION)
             tl.store(grad_x_ptr + b * (H * W * C) + out, grad.to(grad_x_ptr.dtype.element_ty), is_token)
-    twice = _inner_scale(k, 2.0, W).to(sum_re.dtype)
+    twice = _inner_scale(k, 2.0, W, sum_re.dtype)
     sums = sums_ptr + chunk * (H * K * C * 2) + gates
     tl.store(sums, sum_re * twice, is_gate)
     tl.store(sums + 1, sum_im * twice, is_gate)
@@ -218,7 +225,8 @@ def _spectrum_kernel(
     x_h,
     x_w,
     per,
-    inner,
+    again,
+    inner: tl.float64,
     H: tl.constexpr,
     W: tl.constexpr,
     P: tl.constexpr,
@@ -236,17 +244,17 @@ def _spectrum_kernel(
     h, k, c, is_there = _spectrum_places(first, C, H, W, CT, DENSE, P)
     block = H * K * 2 * channels
     inside = (c // channels).to(tl.int64) * B * block + (h * K + k) * 2 * channels + c % channels
-    scale = _inner_scale(k, inner, W).to(s_ptr.dtype.element_ty)
+    scale = _inner_scale(k, inner, W, s_ptr.dtype.element_ty)
     for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
         spectrum = s_ptr + b * block + inside
         if INVERSE:
             re = tl.load(spectrum, is_there, 0.0) * scale
             im = tl.load(spectrum + channels, is_there, 0.0) * scale
-            x = _inverse(re, im, matrices, CT, DENSE, P, PRECISION)
+            x = _inverse(re, im, matrices + b * again, CT, DENSE, P, PRECISION)
             tl.store(x_ptr + b * x_b + places, x, is_token)
         else:
             x = tl.load(x_ptr + b * x_b + places, is_token, 0.0).to(s_ptr.dtype.element_ty)
-            re, im = _forward(x, matrices, CT, DENSE, P, PRECISION)
+            re, im = _forward(x, matrices + b * again, CT, DENSE, P, PRECISION)
             tl.store(spectrum, re * scale, is_there)
             tl.store(spectrum + channels, im * scale, is_there)
 
@@ -284,23 +292,24 @@ def _rows_kernel(
     tokens = x_ptr + b * x_b + h.to(tl.int64) * x_h + w.to(tl.int64) * x_w + c
     rows = rows_ptr + b * (W * H * C) + (w * H + h) * C + c
     if INVERSE:
-        y = tl.dot(_matrix(matrices + WP * WP, WP, WP), tl.load(rows, there, 0.0), input_precision=PRECISION)
+        y = _dot(_matrix(matrices + WP * WP, WP, WP), tl.load(rows, there, 0.0), PRECISION)
         tl.store(tokens, y.to(x_ptr.dtype.element_ty), there)
     else:
         x = tl.load(tokens, there, 0.0).to(rows_ptr.dtype.element_ty)
-        tl.store(rows, tl.dot(_matrix(matrices, WP, WP), x, input_precision=PRECISION), there)
+        tl.store(rows, _dot(_matrix(matrices, WP, WP), x, PRECISION), there)
 
 
 @triton.jit
 def _turn(re, im, matrices, HP: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
     """The transform of columns, [HP, CT] each part, or its inverse."""
+    tl.debug_barrier()
     cos = _matrix(matrices, HP, HP)
+    out_re, out_im = _dot(cos, re, PRECISION), _dot(cos, im, PRECISION)
+    tl.debug_barrier()
     sin = _matrix(matrices + HP * HP, HP, HP)
     if BACK:
         sin = -sin
-    out_re = tl.dot(sin, im, tl.dot(cos, re, input_precision=PRECISION), input_precision=PRECISION)
-    out_im = tl.dot(-sin, re, tl.dot(cos, im, input_precision=PRECISION), input_precision=PRECISION)
-    return out_re, out_im
+    return out_re + _dot(sin, im, PRECISION), out_im - _dot(sin, re, PRECISION)
 
 
 @triton.jit
@@ -313,7 +322,8 @@ def _columns_kernel(
     C,
     H,
     channels,
-    inner,
+    again,
+    inner: tl.float64,
     W: tl.constexpr,
     HP: tl.constexpr,
     CT: tl.constexpr,
@@ -334,7 +344,7 @@ def _columns_kernel(
     second = rows + (K - 1) * H * C
     if s_ptr is not None:
         spectrum = s_ptr + ((c // channels * B + b) * H + h) * (K * 2 * channels) + k * 2 * channels + c % channels
-    scale = _inner_scale(k, inner, W).to(rows_ptr.dtype.element_ty)
+    scale = _inner_scale(k, inner, W, rows_ptr.dtype.element_ty)
     if INVERSE:
         re = tl.load(spectrum, there, 0.0) * scale
         im = tl.load(spectrum + channels, there, 0.0) * scale
@@ -349,7 +359,7 @@ def _columns_kernel(
             wi = -wi
         re, im = re * wr - im * wi, re * wi + im * wr
     if s_ptr is None or INVERSE:
-        re, im = _turn(re, im, matrices, HP, True, PRECISION)
+        re, im = _turn(re, im, matrices + again, HP, True, PRECISION)
         tl.store(rows, re, there)
         tl.store(second, im, two_parts)
     else:
@@ -368,6 +378,7 @@ def _columns_backward_kernel(
     C,
     H,
     per,
+    again,
     W: tl.constexpr,
     HP: tl.constexpr,
     CT: tl.constexpr,
@@ -392,17 +403,17 @@ def _columns_backward_kernel(
         g, x = g_ptr + b * (W * H * C), x_ptr + b * (W * H * C)
         g_re, g_im = tl.load(g + first_part, there, 0.0), tl.load(g + second_part, two_parts, 0.0)
         x_re, x_im = tl.load(x + first_part, there, 0.0), tl.load(x + second_part, two_parts, 0.0)
-        g_re, g_im = _turn(g_re, g_im, matrices, HP, False, PRECISION)
-        x_re, x_im = _turn(x_re, x_im, matrices, HP, False, PRECISION)
+        g_re, g_im = _turn(g_re, g_im, matrices + b * again, HP, False, PRECISION)
+        x_re, x_im = _turn(x_re, x_im, matrices + 2 * b * again, HP, False, PRECISION)
         sum_re += x_re * g_re + x_im * g_im
         sum_im += x_re * g_im - x_im * g_re
         if WANTS_X:
             wr = tl.load(w_ptr + gates, there, 0.0)
             wi = tl.load(w_ptr + gates + 1, there, 0.0)
-            re, im = _turn(g_re * wr + g_im * wi, g_im * wr - g_re * wi, matrices, HP, True, PRECISION)
+            re, im = _turn(g_re * wr + g_im * wi, g_im * wr - g_re * wi, matrices + 3 * b * again, HP, True, PRECISION)
             tl.store(g + first_part, re, there)
             tl.store(g + second_part, im, two_parts)
-    twice = _inner_scale(k, 2.0, W).to(sum_re.dtype)
+    twice = _inner_scale(k, 2.0, W, sum_re.dtype)
     sums = sums_ptr + chunk * (H * K * C * 2) + gates
     tl.store(sums, sum_re * twice, there)
     tl.store(sums + 1, sum_im * twice, there)

@@ -155,18 +155,24 @@ def test_fnet_is_the_formula(shape, dtype):
     expected = (n @ wide.to(torch.complex128) @ c).real
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
     scale = expected.abs().max().item() if x.numel() else 1
-    for y in (fnet(x), reference.fnet(x), export.fnet_matmul(x), FourierLayer()(x), FourierLayer(dft="matmul")(x)):
+    for y in (
+        fnet(x),
+        reference.fnet(x) if x.numel() else x,
+        export.fnet_matmul(x),
+        FourierLayer()(x),
+        FourierLayer(dft="matmul")(x),
+    ):
         assert y.dtype == dtype
         assert y.shape == x.shape
         assert torch.allclose(y.double(), expected, rtol=0, atol=tolerance * scale)
 
 
 def test_second_derivatives():
-    x = _random(2, 12, 4).requires_grad_()
-    weights = [w.requires_grad_() for w in _weights(2, 2, 3)]
+    x = _random(1, 6, 4).requires_grad_()
+    weights = [w.requires_grad_() for w in _weights(2, 2, 1)]
     assert torch.autograd.gradcheck(fnet, x)
     assert torch.autograd.gradgradcheck(fnet, x)
-    mixer = lambda x, *w: afno(x, *w, (3, 4), sparsity_threshold=0.02, kept_columns=2)  # noqa: E731
+    mixer = lambda x, *w: afno(x, *w, (2, 3), sparsity_threshold=0.02, kept_columns=1)  # noqa: E731
     assert torch.autograd.gradcheck(mixer, (x, *weights))
     assert torch.autograd.gradgradcheck(mixer, (x, *weights))
 
@@ -216,7 +222,8 @@ def test_export_and_compile():
     x = torch.randn(2, 36, 16)
     for module in (AFNO2D(16, dft="matmul"), BFNO2D(16, dft="matmul"), FourierLayer(dft="matmul")):
         program = torch.export.export(module, (x,))
-        assert not any("fft" in str(node.target) or "complex" in str(node.target) for node in program.graph.nodes)
+        calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert not any("fft" in call or "complex" in call for call in calls)
         assert torch.allclose(program.module()(x), module(x), atol=1e-5)
     compiled = torch.compile(lambda t: AFNO2D.forward(module2d, fnet(t)), backend="aot_eager", fullgraph=True)
     module2d = AFNO2D(16)

@@ -1,5 +1,5 @@
-// One image and one register of channels on its way through a spectrum: the passes over rows and columns that the kernels
-// of spectral.inl are made of.
+// One image and one register of channels on its way through a spectrum: the passes over rows and columns that the
+// kernels of spectral.inl are made of.
 #pragma once
 #include "fft.inl"
 

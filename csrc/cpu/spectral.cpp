@@ -1,57 +1,16 @@
 // Host side of spectral mixing: plans, checks, allocation, the split of the work over torch's threads.
 #include "spectral.h"
 
-#include <cmath>
 #include <mutex>
-#include <numeric>
 
 #include "../ops.h"
 
 namespace fastcifar {
 
-// n = first * second, both a butterfly's size where that can be; an even n has an even `first`, so that two rows that
-// were packed as a pair meet in one butterfly.
-static FftPlan make_plan(int n) {
-  FftPlan plan;
-  plan.n = n;
-  const auto cost = [n](int second) {  // how far from what the kernels like best
-    const int first = n / second;
-    if (first == 1) return 0;
-    if (first % 2 == 0 && first <= 8) return 1 + std::abs(first - second);
-    if (first % 2 == 1 && first <= 8) return 100 + std::abs(first - second);
-    return first % 2 == 1 ? 1000 + first : 1 << 20;
-  };
-  plan.second = 0;
-  for (int second = 1; second <= 8; ++second)
-    if (n % second == 0 && (plan.second == 0 || cost(second) < cost(plan.second))) plan.second = second;
-  const int first = plan.first = n / plan.second, second = plan.second;
-  plan.twiddled = std::gcd(first, second) != 1;
-  for (int b = 0; b < second; ++b)
-    for (int a = 0; a < first; ++a) {
-      plan.in[b * first + a] = plan.twiddled ? second * a + b : (second * a + first * b) % n;
-      const double angle = -2 * M_PI * (a * b % n) / n;
-      plan.twiddle_float[2 * (b * first + a)] = plan.twiddle[2 * (b * first + a)] = std::cos(angle);
-      plan.twiddle_float[2 * (b * first + a) + 1] = plan.twiddle[2 * (b * first + a) + 1] = std::sin(angle);
-    }
-  for (int c = 0; c < first; ++c)
-    for (int d = 0; d < second; ++d) {
-      int k = c + first * d;
-      if (!plan.twiddled)
-        for (k = 0; k % first != c || k % second != d; ++k) {
-        }
-      plan.out[c * second + d] = k;
-    }
-  for (int k = 0; k < first; ++k) {
-    plan.root_float[2 * k] = plan.root[2 * k] = std::cos(2 * M_PI * k / first);
-    plan.root_float[2 * k + 1] = plan.root[2 * k + 1] = std::sin(2 * M_PI * k / first);
-  }
-  return plan;
-}
-
 static const FftPlan* fft_plan(int64_t n) {
   static FftPlan plans[kLargestSide + 1];
   static std::once_flag made[kLargestSide + 1];
-  std::call_once(made[n], [n] { plans[n] = make_plan(int(n)); });
+  std::call_once(made[n], [n] { plans[n] = make_fft_plan(int(n)); });
   return &plans[n];
 }
 
@@ -122,6 +81,7 @@ void run(SpectralKernel kernel, const SpectralKernels& kernels, const SpectralPr
 
 // The weight's gradient is summed over chunks of images: at most so many, of at least so many images.
 constexpr int64_t kMostChunks = 8, kFewestImages = 4;
+constexpr int64_t kFewChannels = 4;  // and fewer: see fold_of
 constexpr int64_t kGateBytes = 128 << 10, kFewestItems = 32;
 
 // Groups of a panel: neighbours in memory are read soon after one another, as far as their gates (and the sums of their
@@ -140,6 +100,86 @@ void run_gate(SpectralProblem& p, bool is_double) {
   run(kernels.gate[is_double], kernels, p, is_double, p.batch * panels, p.rows->n * p.columns->n * lanes * p.panel);
 }
 
+// ---- few channels ----
+// A register of which a single lane works costs as much as a full one. With few channels, `fold` images lie side by
+// side as channels: [B, H, W, C] becomes [B / fold, H, W, C * fold], each image's numbers a column of a transposed
+// matrix. fold depends on sizes alone, so that results do not depend on the instruction set.
+
+int64_t fold_of(int64_t batch, int64_t channels) {
+  int64_t fold = 1;
+  if (channels <= kFewChannels)
+    while (fold < 16 && fold < batch) fold *= 2;
+  return fold;
+}
+
+template <class T>
+void transpose(const T* from, int64_t rows, int64_t from_row, T* to, int64_t columns, int64_t to_row) {
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) to[c * to_row + r] = from[r * from_row + c];
+}
+
+template <class F>
+void with_bytes(int64_t bytes, F f) {
+  bytes == 8 ? f(uint64_t{}) : bytes == 4 ? f(uint32_t{}) : f(uint16_t{});
+}
+
+Tensor folded(const Tensor& t, int64_t fold) {
+  const Dims sizes = sizes_of(t);
+  const Tensor in = t.is_contiguous() ? t : copy_as(t, contiguous_strides(sizes));
+  const int64_t groups = divided(sizes[0], fold), image = sizes[1] * sizes[2] * sizes[3];
+  Tensor out = fresh({groups, sizes[1], sizes[2], sizes[3] * fold}, t.scalar_type());
+  if (sizes[0] % fold) torch::stable::zero_(out);
+  with_bytes(t.element_size(), [&](auto type) {
+    using T = decltype(type);
+    const T* from = (const T*)in.data_ptr();
+    T* to = (T*)out.data_ptr();
+    parallel_for(groups, kGrain / (image * fold) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g)
+        transpose(from + g * fold * image, std::min(fold, sizes[0] - g * fold), image, to + g * fold * image, image,
+                  fold);
+    });
+  });
+  return out;
+}
+
+void unfold(const Tensor& t, int64_t fold, Tensor& out) {
+  const int64_t batch = out.size(0), groups = t.size(0), image = out.size(1) * out.size(2) * out.size(3);
+  with_bytes(t.element_size(), [&](auto type) {
+    using T = decltype(type);
+    const T* from = (const T*)t.data_ptr();
+    T* to = (T*)out.data_ptr();
+    parallel_for(groups, kGrain / (image * fold) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t g = begin; g < end; ++g)
+        for (int64_t b = g * fold; b < std::min(batch, (g + 1) * fold); ++b)
+          for (int64_t i = 0; i < image; ++i) to[b * image + i] = from[(g * image + i) * fold + b % fold];
+    });
+  });
+}
+
+// [H, K, C, 2] with every channel `fold` times.
+template <class T>
+void repeat_pairs(const Tensor& weight, int64_t fold, Tensor& out) {
+  const T* from = (const T*)weight.data_ptr();
+  T* to = (T*)out.data_ptr();
+  for (int64_t i = 0; i < weight.numel() / 2; ++i)
+    for (int64_t r = 0; r < fold; ++r, to += 2) to[0] = from[2 * i], to[1] = from[2 * i + 1];
+}
+template <class T>
+void sum_pairs(const Tensor& repeated, int64_t fold, Tensor& out) {
+  const T* from = (const T*)repeated.data_ptr();
+  T* to = (T*)out.data_ptr();
+  for (int64_t i = 0; i < out.numel() / 2; ++i, to += 2) {
+    to[0] = to[1] = 0;
+    for (int64_t r = 0; r < fold; ++r, from += 2) to[0] += from[0], to[1] += from[1];
+  }
+}
+
+Tensor repeated(const Tensor& weight, int64_t fold) {
+  Tensor out = fresh({weight.size(0), weight.size(1), weight.size(2) * fold, 2}, weight.scalar_type());
+  weight.element_size() == 8 ? repeat_pairs<double>(weight, fold, out) : repeat_pairs<float>(weight, fold, out);
+  return out;
+}
+
 }  // namespace
 
 Tensor spectral_gate_forward(Tensor x, Tensor weight, bool wide) {
@@ -148,6 +188,10 @@ Tensor spectral_gate_forward(Tensor x, Tensor weight, bool wide) {
   const Tensor w = checked_weight(op, weight, x), in = with_channels_last(x);
   Tensor out = fresh(sizes_of(x), wide ? compute_dtype(dtype_index(x, op)) : x.scalar_type());
   if (x.numel() == 0) return out;
+  if (const int64_t fold = fold_of(x.size(0), x.size(3)); fold > 1) {
+    unfold(spectral_gate_forward(folded(x, fold), repeated(w, fold), wide), fold, out);
+    return out;
+  }
   SpectralProblem p = problem(x.size(0), x.size(1), x.size(2), x.size(3));
   p.x = tokens(in, dtype_index(in, op));
   p.out = tokens(out, dtype_index(out, op));
@@ -170,6 +214,15 @@ std::tuple<Tensor, Tensor> spectral_gate_backward(Tensor grad, Tensor x, Tensor 
   Tensor grad_weight = fresh(wants_weight ? sizes_of(w) : Dims{0}, w.scalar_type());
   if (x.numel() == 0) {
     if (wants_weight) torch::stable::zero_(grad_weight);
+    return {grad_x, grad_weight};
+  }
+  if (const int64_t fold = fold_of(x.size(0), x.size(3)); fold > 1) {
+    const auto [folded_x, folded_weight] =
+        spectral_gate_backward(folded(grad, fold), folded(x, fold), repeated(w, fold), wants_x, wants_weight);
+    if (wants_x) unfold(folded_x, fold, grad_x);
+    if (wants_weight)
+      is_double ? sum_pairs<double>(folded_weight, fold, grad_weight)
+                : sum_pairs<float>(folded_weight, fold, grad_weight);
     return {grad_x, grad_weight};
   }
   SpectralProblem p = problem(x.size(0), x.size(1), x.size(2), x.size(3));

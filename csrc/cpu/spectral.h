@@ -21,6 +21,8 @@ struct FftPlan {
   float root_float[2 * kLargestSide] = {};
 };
 
+FftPlan make_fft_plan(int n);  // n of 1 to 64
+
 // Where tokens lie: element (b, h, w, c) at data + b * image + h * row + w * pixel + c.
 struct Tokens {
   void* data = nullptr;

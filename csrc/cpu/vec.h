@@ -72,6 +72,36 @@ FC_INLINE Raw load_raw(const S* p, Tail tail) {
   return r;
 }
 
+// The first lanes of a register of float or double, without the call that a copy of unknown length is.
+#if FASTCIFAR_VECTOR_BYTES == 64
+FC_INLINE V<float> load_tail(const float* p, int count) {
+  return (V<float>)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+}
+FC_INLINE V<double> load_tail(const double* p, int n) { return (V<double>)_mm512_maskz_loadu_pd((1u << n) - 1, p); }
+FC_INLINE void store_tail(float* p, V<float> x, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)x); }
+FC_INLINE void store_tail(double* p, V<double> x, int n) { _mm512_mask_storeu_pd(p, (1u << n) - 1, (__m512d)x); }
+#elif FASTCIFAR_VECTOR_BYTES == 32
+FC_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FC_INLINE __m256i first_pairs(int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FC_INLINE V<float> load_tail(const float* p, int n) { return (V<float>)_mm256_maskload_ps(p, first_lanes(n)); }
+FC_INLINE V<double> load_tail(const double* p, int n) { return (V<double>)_mm256_maskload_pd(p, first_pairs(n)); }
+FC_INLINE void store_tail(float* p, V<float> x, int n) { _mm256_maskstore_ps(p, first_lanes(n), (__m256)x); }
+FC_INLINE void store_tail(double* p, V<double> x, int n) { _mm256_maskstore_pd(p, first_pairs(n), (__m256d)x); }
+#else
+template <class A>
+FC_INLINE V<A> load_tail(const A* p, int n) {
+  return load_raw<V<A>>(p, Tail{n});
+}
+template <class A>
+FC_INLINE void store_tail(A* p, V<A> x, int n) {
+  memcpy(p, &x, sizeof(A) * n);
+}
+#endif
+
 typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));  // as many 16-bit values as floats fit
 
 FC_INLINE V<float> widen(Half16 raw, bfloat16*) { return (V<float>)(__builtin_convertvector(raw, I<float>) << 16); }
@@ -108,14 +138,10 @@ FC_INLINE Half16 narrow(V<float> x, float16*) {
 }
 #endif
 
-template <class Width>
-FC_INLINE V<float> load(const float* p, Width w) {
-  return load_raw<V<float>>(p, w);
-}
-template <class Width>
-FC_INLINE V<double> load(const double* p, Width w) {
-  return load_raw<V<double>>(p, w);
-}
+FC_INLINE V<float> load(const float* p, Full) { return load_raw<V<float>>(p, Full{}); }
+FC_INLINE V<float> load(const float* p, Tail tail) { return load_tail(p, tail.count); }
+FC_INLINE V<double> load(const double* p, Full) { return load_raw<V<double>>(p, Full{}); }
+FC_INLINE V<double> load(const double* p, Tail tail) { return load_tail(p, tail.count); }
 template <class Width>
 FC_INLINE V<float> load(const bfloat16* p, Width w) {
   return widen(load_raw<Half16>(p, w), (bfloat16*)nullptr);
@@ -164,14 +190,10 @@ template <class S, class Raw>
 FC_INLINE void store_raw(S* p, Raw r, Tail tail, bool) {
   memcpy(p, &r, sizeof(S) * tail.count);
 }
-template <class Width>
-FC_INLINE void store(float* p, V<float> x, Width w, bool stream = false) {
-  store_raw(p, x, w, stream);
-}
-template <class Width>
-FC_INLINE void store(double* p, V<double> x, Width w, bool stream = false) {
-  store_raw(p, x, w, stream);
-}
+FC_INLINE void store(float* p, V<float> x, Full, bool stream = false) { store_raw(p, x, Full{}, stream); }
+FC_INLINE void store(float* p, V<float> x, Tail tail, bool = false) { store_tail(p, x, tail.count); }
+FC_INLINE void store(double* p, V<double> x, Full, bool stream = false) { store_raw(p, x, Full{}, stream); }
+FC_INLINE void store(double* p, V<double> x, Tail tail, bool = false) { store_tail(p, x, tail.count); }
 template <class Width>
 FC_INLINE void store(bfloat16* p, V<float> x, Width w, bool stream = false) {
   store_raw(p, narrow(x, p), w, stream);

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -115,6 +116,65 @@ void neuron_backward(const std::string& isa, const std::string& dtype, int neuro
   host.run(spiking_kernels(isa_of(isa)).backward, true);
 }
 
+// Tokens [B, H, W, C] and weight [H, K, C, 2], C-contiguous, of one dtype (float32 or float64).
+struct HostGrid {
+  FftPlan rows, columns;
+  SpectralProblem problem;
+  const SpectralKernels& kernels;
+  bool is_double;
+  int64_t groups;
+
+  HostGrid(const std::string& isa, const std::string& dtype, const py::array& x, const py::array& weight)
+      : kernels(spectral_kernels(isa_of(isa))) {
+    const int d = index_of(kDTypeNames, dtype, "dtype");
+    if (d != kFloat32 && d != kFloat64) throw py::value_error("expected float32 or float64");
+    if (x.ndim() != 4 || std::min(x.shape(1), x.shape(2)) < 1 || std::max(x.shape(1), x.shape(2)) > kLargestSide)
+      throw py::value_error("expected x [B, H, W, C], H and W of 1 to 64");
+    is_double = d == kFloat64;
+    rows = make_fft_plan(int(x.shape(2)));
+    columns = make_fft_plan(int(x.shape(1)));
+    problem.rows = &rows;
+    problem.columns = &columns;
+    problem.batch = x.shape(0);
+    problem.channels = x.shape(3);
+    problem.x = tokens(x, x, d, "x");
+    problem.weight = data_of(weight, x.shape(1) * (x.shape(2) / 2 + 1) * x.shape(3) * 2, kItemSize[d], "weight");
+    groups = (problem.channels + kernels.lanes[is_double] - 1) / kernels.lanes[is_double];
+    problem.panel = groups;
+  }
+  static Tokens tokens(const py::array& a, const py::array& like, int dtype, const char* name) {
+    const int64_t row = like.shape(2) * like.shape(3);
+    return {data_of(a, like.size(), kItemSize[dtype], name), like.shape(1) * row, row, like.shape(3), dtype};
+  }
+  void run(SpectralKernel kernel, int64_t items) const {
+    const int64_t bytes = (kernels.scratch_bytes(problem, is_double) + 63) / 64 * 64;
+    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), &std::free);
+    kernel(problem, 0, items, scratch.get());
+  }
+};
+
+void spectral_gate(const std::string& isa, const std::string& dtype, py::array x, py::array weight, py::array out) {
+  HostGrid grid(isa, dtype, x, weight);
+  grid.problem.out = HostGrid::tokens(out, x, grid.problem.x.dtype, "out");
+  grid.run(grid.kernels.gate[grid.is_double], grid.problem.batch);
+}
+
+void spectral_backward(const std::string& isa, const std::string& dtype, py::array grad, py::array x, py::array weight,
+                       py::array grad_x, py::array grad_weight) {
+  HostGrid grid(isa, dtype, x, weight);
+  SpectralProblem& p = grid.problem;
+  p.grad = HostGrid::tokens(grad, x, p.x.dtype, "grad");
+  p.out = HostGrid::tokens(grad_x, x, p.x.dtype, "grad_x");
+  p.grad_weight = data_of(grad_weight, weight.size(), kItemSize[p.x.dtype], "grad_weight");
+  p.conjugate = true;
+  p.chunk = std::max<int64_t>(p.batch, 1);
+  const int64_t lanes = grid.kernels.lanes[grid.is_double];
+  std::vector<double> partial(grid.groups * x.shape(1) * (x.shape(2) / 2 + 1) * 2 * lanes);
+  p.partial = partial.data();
+  grid.run(grid.kernels.backward[grid.is_double], 1);
+  grid.run(grid.kernels.reduce[grid.is_double], grid.groups);
+}
+
 int64_t peak_flops(const std::string& isa, int64_t iterations) {
   const CommonKernels& kernels = common_kernels(isa_of(isa));
   py::gil_scoped_release release;
@@ -158,6 +218,10 @@ PYBIND11_MODULE(_host, m) {
   m.def("neuron_backward", &neuron_backward, "isa"_a, "dtype"_a, "neuron"_a, "steps"_a, "neurons"_a, "grad_spikes"_a,
         "grad_v_last"_a, "grad_v_seq"_a, "x"_a, "v"_a, "grad_x"_a, "grad_v"_a, py::kw_only(), "numbers"_a = lif,
         "v_reset"_a = 0.0, "surrogate"_a = 0, "widths"_a = atan, "detach_reset"_a = false, "stream"_a = false);
+  m.def("spectral_gate", &spectral_gate, "isa"_a, "dtype"_a, "x"_a, "weight"_a, "out"_a,
+        "irfft2(rfft2(x) * weight) of tokens [B, H, W, C].");
+  m.def("spectral_backward", &spectral_backward, "isa"_a, "dtype"_a, "grad"_a, "x"_a, "weight"_a, "grad_x"_a,
+        "grad_weight"_a);
   m.def("peak_flops", &peak_flops, "isa"_a, "iterations"_a,
         "Runs independent float32 multiplications and additions and returns how many operations it did.");
   m.def("exp", &exp, "isa"_a, "dtype"_a, "x"_a, "out"_a);

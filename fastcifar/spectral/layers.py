@@ -53,6 +53,11 @@ def drop_path(rate: float) -> nn.Module:
     return DropPath(rate) if rate > 0 else nn.Identity()
 
 
+def rising(rate: float, count: int) -> list[float]:
+    """``count`` rates of stochastic depth, from 0 to ``rate`` in equal steps."""
+    return [rate * i / max(count - 1, 1) for i in range(count)]
+
+
 class Mlp(nn.Module):
     """Two linear layers with a GELU between; dropout after both."""
 

@@ -17,7 +17,9 @@ from .._library import direct_apply, state_dtype
 from .export import inverse_spectrum_matmul, spectrum_matmul
 from .functional import check_tokens, inverse_spectrum, spectrum
 
-_CHUNK = 1 << 20  # bytes of tokens a pass when no graph is made: what it leaves behind is still in the cache
+# Bytes of tokens to a pass where no graph is made, so that what a step writes is still in the cache for the next one;
+# AFNO of 64 x 14 x 14 x 384 took twice as long in one pass.
+_CHUNK = 1 << 19
 
 __all__ = ["afno", "bfno", "fnet", "kept_modes"]
 
@@ -190,6 +192,8 @@ def fnet(x: Tensor) -> Tensor:
         raise TypeError(f"fnet: expected x in float32, float64, bfloat16 or float16, got {x.dtype}")
     if x.dim() < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"fnet: expected x [..., N, C] with N and C of at least 1, got {tuple(x.shape)}")
+    if 0 in x.shape:  # MKL refuses an empty batch
+        return x.clone()
     return _fnet(x)
 
 
@@ -302,7 +306,7 @@ class _FNet(torch.autograd.Function):
     @staticmethod
     def forward(x):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        step = _step(x) if x.dim() > 2 else None
+        step = 2 * _step(x) if x.dim() > 2 else None
         if step is None or step >= x.shape[0]:
             _half_and_mirror(x, out)
         else:

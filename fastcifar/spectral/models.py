@@ -25,6 +25,7 @@ from .layers import (
     Size,
     initialise,
     layer_norm,
+    rising,
 )
 
 __all__ = [
@@ -123,7 +124,7 @@ class GFNet(_Classifier):
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = [drop_path_rate] * depth if uniform_drop else torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate] * depth if uniform_drop else rising(drop_path_rate, depth)
         shared = {"mlp_ratio": mlp_ratio, "drop": drop_rate, "norm_layer": norm}
         options = {"out_dtype": out_dtype, "dft": dft}
         self.blocks = nn.ModuleList(
@@ -252,7 +253,7 @@ class GFNetPyramid(_Classifier):
         self.pos_embed = nn.Parameter(torch.zeros(1, first.num_patches, embed_dim[0]))
         down = [DownLayer(grids[i], embed_dim[i], embed_dim[i + 1]) for i in range(3)]
         self.patch_embed = nn.ModuleList([first, *down])
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depth)).tolist())
+        rates = iter(rising(drop_path_rate, sum(depth)))
         self.blocks = nn.ModuleList()
         for dim, count, ratio, grid in zip(embed_dim, depth, mlp_ratio, grids, strict=True):
             stage = []

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Norm, Size, drop_path, initialise, layer_norm, pair
+from .layers import Norm, Size, drop_path, initialise, layer_norm, pair, rising
 from .modules import SpectralGatingNetwork
 
 __all__ = ["SpectFormerH", "spectformer_h_b", "spectformer_h_l", "spectformer_h_s"]
@@ -223,7 +223,7 @@ class SpectFormerH(nn.Module):
         self.img_size = pair(img_size)
         self.return_dense = self.mix_token = token_label
         self.beta = 1.0
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(rising(drop_path_rate, sum(depths)))
         height, width = ((side + 1) // 2 for side in self.img_size)  # the stem's first convolution
         for i, dim in enumerate(embed_dims):
             height, width = (height + 1) // 2, (width + 1) // 2
