@@ -149,7 +149,7 @@ def _gate_kernel(
     wi = tl.load(gates + 1, is_gate, 0.0)
     if CONJ:
         wi = -wi
-    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
+    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
         x = tl.load(x_ptr + b * x_b + places, is_token, 0.0).to(wr.dtype)
         re, im = _forward(x, matrices + b * again, CT, DENSE, P, PRECISION)
         y = _inverse(re * wr - im * wi, re * wi + im * wr, matrices + b * again, CT, DENSE, P, PRECISION)
@@ -194,7 +194,7 @@ def _gate_backward_kernel(
     gates = ((h * K + k) * C + c) * 2
     sum_re = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
     sum_im = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
-    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
+    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
         g = tl.load(g_ptr + b * g_b + of_g, is_token, 0.0).to(w_ptr.dtype.element_ty)
         g_re, g_im = _forward(g, matrices + b * again, CT, DENSE, P, PRECISION)
         x = tl.load(x_ptr + b * x_b + of_x, is_token, 0.0).to(w_ptr.dtype.element_ty)
@@ -245,7 +245,7 @@ def _spectrum_kernel(
     block = H * K * 2 * channels
     inside = (c // channels).to(tl.int64) * B * block + (h * K + k) * 2 * channels + c % channels
     scale = _inner_scale(k, inner, W, s_ptr.dtype.element_ty)
-    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
+    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
         spectrum = s_ptr + b * block + inside
         if INVERSE:
             re = tl.load(spectrum, is_there, 0.0) * scale
@@ -399,7 +399,7 @@ def _columns_backward_kernel(
     gates = ((h * K + k) * C + c) * 2
     sum_re = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
     sum_im = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
-    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
+    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
         g, x = g_ptr + b * (W * H * C), x_ptr + b * (W * H * C)
         g_re, g_im = tl.load(g + first_part, there, 0.0), tl.load(g + second_part, two_parts, 0.0)
         x_re, x_im = tl.load(x + first_part, there, 0.0), tl.load(x + second_part, two_parts, 0.0)

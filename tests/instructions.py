@@ -26,6 +26,8 @@ LIF = 3  # kLIFTimes: tau is a power of two
 # Every instance of a kernel is a function of its own, by whose name callgrind counts, and so is what a half-precision
 # row takes on its way in and out.
 PARTS = "forward_blocks|backward_blocks|surrogate_row|read_row|write_row|write_spikes|write_bytes"
+PARTS += "|spectral_gate|spectral_backward|spectral_reduce|fft"
+GRIDS = ((8, 8), (14, 14), (32, 32), (11, 15))  # of every kind of plan one
 KERNEL = re.compile(rf"^\s*([\d,]+).*?(\w+::(?:{PARTS})<.+>)\(", re.M)
 
 
@@ -53,6 +55,12 @@ def run() -> None:
                 surrogate=surrogate,
                 widths=[1.0, 2.0, 0.5],
             )
+        for height, width in GRIDS:
+            tokens = rng.standard_normal((2, height, width, 32)).astype(np.float32)
+            weight = rng.standard_normal((height, width // 2 + 1, 32, 2)).astype(np.float32)
+            out, grad_weight = np.empty_like(tokens), np.empty_like(weight)
+            _host.spectral_gate(isa, "float32", tokens, weight, out)
+            _host.spectral_backward(isa, "float32", tokens, tokens, weight, out, grad_weight)
 
 
 def measure() -> dict[str, int]:
@@ -60,6 +68,8 @@ def measure() -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out"
         command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=*_blocks<*"]
+        # To the closing bracket: the lambdas in it are no functions to switch at.
+        command += ["--toggle-collect=*::spectral_*<float>(fastcifar::SpectralProblem const&, long, long, void*)"]
         command += [f"--callgrind-out-file={out}", sys.executable, __file__, "--run"]
         subprocess.run(command, check=True, capture_output=True)
         command = ["callgrind_annotate", "--inclusive=yes", "--threshold=100", out]

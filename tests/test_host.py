@@ -172,3 +172,29 @@ def test_wrong_buffers_are_refused():
         _lif(ISAS[0], "float32", x[:, ::2], None)
     with pytest.raises(ValueError, match="instruction set"):
         _lif("sse9", "float32", x, None)
+
+
+@by_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [(8, 8), (7, 6), (14, 14), (32, 5), (11, 22), (1, 1), (64, 63)])
+def test_spectral_gate_is_numpys(isa, dtype, size):
+    rng = np.random.default_rng(0)
+    (height, width), channels = size, 21
+    x, grad = (rng.standard_normal((3, height, width, channels)).astype(dtype) for _ in range(2))
+    weight = rng.standard_normal((height, width // 2 + 1, channels, 2)).astype(dtype)
+    out, grad_x, grad_weight = np.empty_like(x), np.empty_like(x), np.empty_like(weight)
+    host.spectral_gate(isa, dtype, x, weight, out)
+    host.spectral_backward(isa, dtype, grad, x, weight, grad_x, grad_weight)
+
+    def spectrum(t):
+        return np.fft.rfft2(t.astype(np.float64), axes=(1, 2), norm="ortho")
+
+    gate = weight[..., 0].astype(np.float64) + 1j * weight[..., 1]
+    twice = np.where((np.arange(width // 2 + 1) == 0) | (2 * np.arange(width // 2 + 1) == width), 1, 2)[:, None]
+    product = (np.conj(spectrum(x)) * spectrum(grad)).sum(0) * twice
+    for ours, truth in (
+        (out, np.fft.irfft2(spectrum(x) * gate, s=size, axes=(1, 2), norm="ortho")),
+        (grad_x, np.fft.irfft2(spectrum(grad) * np.conj(gate), s=size, axes=(1, 2), norm="ortho")),
+        (grad_weight, np.stack([product.real, product.imag], -1)),
+    ):
+        assert np.abs(ours - truth).max() <= 8 * np.finfo(dtype).eps * np.abs(truth).max()

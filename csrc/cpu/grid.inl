@@ -238,17 +238,10 @@ struct Grid {
   Z<A> weight(int row, int n) const {
     typedef I<A> Index;
     const A* from = (const A*)p.weight + ((int64_t(row) * k + n) * p.channels + c) * 2;
-    V<A> low, high;
-    if (count == kL) {
-      low = load(from, Full{});
-      high = load(from + kL, Full{});
-    } else {
-      A both[2 * kL] = {};
-      memcpy(both, from, sizeof(A) * 2 * count);
-      low = load((const A*)both, Full{});
-      high = load((const A*)both + kL, Full{});
-    }
-    Index even, odd;
+    const int low_count = 2 * count < kL ? 2 * count : kL;
+    const V<A> low = count == kL ? load(from, Full{}) : load(from, Tail{low_count});
+    const V<A> high = count == kL ? load(from + kL, Full{}) : load(from + low_count, Tail{2 * count - low_count});
+    Index even{}, odd{};
     for (int i = 0; i < kL; ++i) even[i] = 2 * i, odd[i] = 2 * i + 1;
     return {__builtin_shuffle(low, high, even), __builtin_shuffle(low, high, odd)};
   }

@@ -16,6 +16,7 @@ from . import reference
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 64  # side of a grid that the kernels serve; larger ones run the reference
+FEW, MANY = 4, 512  # on a CPU, so few channels of all images with more pixels than that run the reference: it is faster
 
 __all__ = ["LARGEST", "as_kernel", "inverse_spectrum", "spectral_gate", "spectrum"]
 
@@ -30,10 +31,11 @@ def spectral_gate(
     r"""A learnt filter in the frequency domain: ``irfft2(rfft2(x) * weight)``, orthonormal, in one pass over memory.
 
     It equals a circular convolution of each channel with a kernel as large as the grid (:func:`as_kernel`). As in
-    ``torch.fft.irfft2``, the anti-Hermitian part of the product in column 0 and, for even W, in column W / 2 is dropped.
+    ``torch.fft.irfft2``, the anti-Hermitian part of the product in columns 0 and, for even W, W / 2 is dropped.
     Only ``x`` (and ``weight``) are saved for backward; the gradient to ``weight`` is summed in an order that does not
     depend on threads. The op is bilinear, and its derivatives of any order are exact. A grid with a side above
-    :data:`LARGEST` runs the reference.
+    :data:`LARGEST` runs the reference, and so do, on a CPU, at most 4 channels in all images together on a grid of more
+    than 512 pixels, which leave most of a register empty.
 
     Args:
         x: tokens ``[B, H, W, C]``, or ``[B, N, C]`` with N = H W in row-major order; float32, float64, bfloat16 or
@@ -83,13 +85,18 @@ def spectral_gate(
     tokens = x if x.dim() == 4 else x.reshape(x.shape[0], height, width, x.shape[-1])
     weight = weight.to(state)
     wide = out_dtype == torch.float32 and state == torch.float32 and x.dtype != state
-    if not _library.serves("spectral_gate_forward", x) or max(grid) > LARGEST:
+    if not _library.serves("spectral_gate_forward", x) or max(grid) > LARGEST or _leaves_lanes_empty(tokens):
         out = reference.spectral_gate(tokens, weight, out_dtype=out_dtype)
     elif torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         out = _gate(tokens, weight, wide)
     else:
         out = torch.ops.fastcifar.spectral_gate_forward.default(tokens, weight, wide)
     return out.view(x.shape).to(out_dtype or x.dtype)
+
+
+def _leaves_lanes_empty(x: Tensor) -> bool:
+    batch, height, width, channels = x.shape
+    return height * width > MANY and x.is_cpu and not torch.compiler.is_compiling() and batch * channels <= FEW
 
 
 def check_tokens(op: str, x: Tensor, spatial_size: Sequence[int] | None) -> tuple[int, int]:
