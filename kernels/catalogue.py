@@ -203,52 +203,44 @@ def spiking() -> Iterator[Entry]:
 def spectral() -> Iterator[Entry]:
     """The kernels of kernels/spectral_kernels.py, as kernels/spectral.py launches them: each in its largest tiles, and
     in the types that differ in more than a conversion."""
-    import torch
-
     from . import spectral as family
     from . import spectral_kernels as kernels
 
-    pointers = {"x": ("x_ptr", "y_ptr", "grad_x_ptr"), "g": ("g_ptr",)}
-
     def entry(kernel: Any, H: int, W: int, x: str = "fp32", absent: Sequence[str] = (), **constexprs: Any) -> Entry:
-        state = "fp64" if x == "fp64" else "fp32"
-        how = family.plan(H, W, torch.float64 if x == "fp64" else torch.float32)
-        values = {**how, "H": H, "W": W, "PRECISION": family.PRECISION, **constexprs}
-        values |= dict.fromkeys(absent)
-        on_chip = kernel in (kernels._gate_kernel, kernels._gate_backward_kernel, kernels._spectrum_kernel)
-        if not on_chip:
-            del values["H"]
+        how = family.plan(H, W)
+        options = {"num_warps": 8 if kernel is kernels._columns_backward_kernel else 4, "num_stages": 1}
+        options |= {name: how.pop(name) for name in tuple(how) if name in options}
+        if "P" in how:
+            how["H"] = H
+        elif kernel is not kernels._rows_kernel:
+            how["CT"] = how["COLUMNS"]
+        values = {**how, "W": W, "PRECISION": family.PRECISION, **constexprs, **dict.fromkeys(absent)}
         signature = {}
         for name in kernel.arg_names:
-            if name in values:
-                continue
             if name.endswith("_ptr") or name == "matrices":
-                of_tokens = name in pointers["x"] or name in pointers["g"]
-                of_tokens &= kernel is not kernels._columns_backward_kernel
-                signature[name] = f"*{x if of_tokens else state}:16"
-            elif name == "inner":
-                signature[name] = "fp64"
+                tokens = name in ("x_ptr", "y_ptr", "g_ptr", "grad_x_ptr")
+                signature[name] = f"*{x if tokens else 'fp32'}:16"
             else:
-                signature[name] = "i32:16" if name in ("C", "again", "x_b", "x_h", "x_w", "g_b", "g_h", "g_w") else "i32"
+                multiple = name in ("C", "again") or name[-2:] in ("_b", "_h", "_w")
+                signature[name] = "fp64" if name == "inner" else "i32:16" if multiple else "i32"
+        signature = {name: kind for name, kind in signature.items() if name not in values}
         values = {name: value for name, value in values.items() if name in kernel.arg_names}
-        warps = family.BACKWARD_WARPS if kernel is kernels._gate_backward_kernel else family.WARPS
-        what = " ".join(f"{name}={value}" for name, value in constexprs.items())
-        without = "".join(f" no {name}" for name in absent)
-        return Entry(kernel, signature, values, warps, f"{kernel.__name__} {H}x{W} {x} {what}{without}".rstrip())
+        what = [f"{H}x{W}", x, *[f"{name}={value}" for name, value in constexprs.items()]]
+        what += [f"no {name}" for name in absent]
+        warps = options.pop("num_warps")
+        return Entry(kernel, signature, values, warps, " ".join([kernel.__name__, *what]), options)
 
-    for side, x in ((8, "fp32"), (4, "bf16"), (14, "fp32"), (16, "fp16")):
+    for side, x in ((4, "bf16"), (8, "fp32"), (14, "fp32"), (16, "fp16")):
         yield entry(kernels._gate_kernel, side, side, x, CONJ=x != "fp32")
         yield entry(kernels._gate_backward_kernel, side, side, x, WANTS_X=side != 4)
-    yield entry(kernels._spectrum_kernel, 8, 8, INVERSE=True)
+        yield entry(kernels._spectrum_kernel, side, side, x if side == 4 else "fp32", INVERSE=side != 4)
     yield entry(kernels._spectrum_kernel, 16, 16, INVERSE=False)
-    for x in ("fp32", "fp64"):
+    for side, x in ((32, "bf16"), (64, "fp32")):
         for inverse in (False, True):
-            yield entry(kernels._rows_kernel, 64, 64, x, INVERSE=inverse)
-        yield entry(kernels._columns_kernel, 64, 64, x, ("s_ptr",), CONJ=True, INVERSE=False)
-        yield entry(kernels._columns_kernel, 64, 64, x, ("w_ptr",), CONJ=False, INVERSE=True)
-        yield entry(kernels._columns_backward_kernel, 64, 64, x, WANTS_X=True)
-    yield entry(kernels._columns_kernel, 32, 32, "fp32", ("w_ptr",), CONJ=False, INVERSE=False)
-    yield entry(kernels._columns_backward_kernel, 32, 32, WANTS_X=True)
+            yield entry(kernels._rows_kernel, side, side, x, INVERSE=inverse)
+        yield entry(kernels._columns_kernel, side, side, absent=["s_ptr"], CONJ=True, INVERSE=False)
+        yield entry(kernels._columns_kernel, side, side, absent=["w_ptr"], CONJ=False, INVERSE=side == 64)
+        yield entry(kernels._columns_backward_kernel, side, side, SPECTRUM=side == 64, WANTS_X=True)
 
 
 FAMILIES = {"spiking": spiking, "spectral": spectral}

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import spectral_cuda
+from . import spectral_cuda, spectral_wide
 from .spectral_kernels import (
     _columns_backward_kernel,
     _columns_kernel,
@@ -28,7 +28,6 @@ from .spectral_kernels import (
 # Three TF32 products for a float32 one; "ieee" takes the units that are no tensor cores. "tf32" errs by 5e-4.
 PRECISION = "tf32x3"
 PROGRAMS = 512  # that images are dealt to, about four a multiprocessor; the same on every GPU, as sums depend on it
-WARPS, BACKWARD_WARPS = 4, 8
 
 
 def owner() -> str:
@@ -54,15 +53,18 @@ def spectral_gate_backward(
     grad_x = x.new_empty(x.shape if wants_x else 0)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight, memory_format=torch.contiguous_format)
+    if weight.dtype == torch.float64:
+        in_x, in_weight = spectral_wide.gate_backward(grad, x, weight)
+        return grad_x.copy_(in_x) if wants_x else grad_x, in_weight
     weight, x, grad = weight.contiguous(), _adjacent(x), _adjacent(grad)
     if spectral_cuda.serves(x) and grad.dtype == torch.float32:
         return grad_x, spectral_cuda.gate_backward(grad, x, weight, grad_x if wants_x else None)
-    how = plan(H, W, weight.dtype)
+    how = plan(H, W)
     tiles = triton.cdiv(C, how["CT"])
     per, chunks = runs(B, tiles * (1 if "P" in how else W // 2 + 1))
     sums = weight.new_empty(chunks, *weight.shape)
     with torch.cuda.device_of(x):
-        table = matrices(H, W, weight.dtype, x.device)
+        table = matrices(H, W, x.device)
         if "P" in how:
             _gate_backward_kernel[(tiles * chunks,)](
                 grad,
@@ -76,15 +78,17 @@ def spectral_gate_backward(
                 *grad.stride()[:3],
                 *x.stride()[:3],
                 per,
+                0,
                 H=H,
                 W=W,
                 WANTS_X=wants_x,
                 PRECISION=PRECISION,
                 **how,
-                num_warps=BACKWARD_WARPS,
             )
         else:
-            g_rows, x_rows = (_rows(t, how, weight.dtype) for t in (grad, x))
+            g_rows = _rows(grad, how)
+            tall = how["HP"] == 64
+            x_rows = spectrum_forward(x, 1, 1.0) if tall else _rows(x, how)
             _columns_backward_kernel[(tiles * chunks * (W // 2 + 1),)](
                 g_rows,
                 x_rows,
@@ -95,23 +99,27 @@ def spectral_gate_backward(
                 C,
                 H,
                 per,
+                0,
                 W=W,
                 HP=how["HP"],
-                CT=how["CT"],
+                CT=how["COLUMNS"],
+                SPECTRUM=tall,
                 WANTS_X=wants_x,
                 PRECISION=PRECISION,
-                num_warps=WARPS,
+                num_warps=8,
+                num_stages=1,
             )
             if wants_x:
-                _rows(grad_x, how, weight.dtype, g_rows)
+                _rows(grad_x, how, g_rows)
     return grad_x, sums[0] if chunks == 1 else sums.sum(0)
 
 
 def spectrum_forward(x: Tensor, blocks: int, inner: float) -> Tensor:
     """``fastcifar::spectrum_forward``."""
     B, H, W, C = x.shape
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = x.new_empty((blocks, B, H, W // 2 + 1, 2, C // blocks), dtype=dtype)
+    if x.dtype == torch.float64:
+        return spectral_wide.spectrum(x, blocks, inner)
+    out = x.new_empty((blocks, B, H, W // 2 + 1, 2, C // blocks), dtype=torch.float32)
     if out.numel():
         _spectrum(_adjacent(x), out, inner, False)
     return out
@@ -120,6 +128,8 @@ def spectrum_forward(x: Tensor, blocks: int, inner: float) -> Tensor:
 def spectrum_inverse(spectrum: Tensor, width: int, inner: float) -> Tensor:
     """``fastcifar::spectrum_inverse``."""
     blocks, B, H, _, _, channels = spectrum.shape
+    if spectrum.dtype == torch.float64:
+        return spectral_wide.inverse(spectrum, width, inner)
     out = spectrum.new_empty((B, H, width, blocks * channels))
     if out.numel():
         _spectrum(out, spectrum.contiguous(), inner, True)
@@ -131,14 +141,16 @@ def _gate(x: Tensor, weight: Tensor, dtype: torch.dtype, conj: bool) -> Tensor:
     y = x.new_empty(x.shape, dtype=dtype)
     if x.numel() == 0:
         return y
+    if weight.dtype == torch.float64:
+        return y.copy_(spectral_wide.gate(x, weight, conj))
     weight, x = weight.contiguous(), _adjacent(x)
     if spectral_cuda.serves(x) and dtype == torch.float32:
         spectral_cuda.gate(x, weight, y, conj)
         return y
-    how = plan(H, W, weight.dtype)
+    how = plan(H, W)
     tiles = triton.cdiv(C, how["CT"])
     with torch.cuda.device_of(x):
-        table = matrices(H, W, weight.dtype, x.device)
+        table = matrices(H, W, x.device)
         if "P" in how:
             per, chunks = runs(B, tiles)
             _gate_kernel[(tiles * chunks,)](
@@ -150,23 +162,23 @@ def _gate(x: Tensor, weight: Tensor, dtype: torch.dtype, conj: bool) -> Tensor:
                 C,
                 *x.stride()[:3],
                 per,
+                0,
                 H=H,
                 W=W,
                 CONJ=conj,
                 PRECISION=PRECISION,
                 **how,
-                num_warps=WARPS,
             )
         else:
-            rows = _rows(x, how, weight.dtype)
+            rows = _rows(x, how)
             _columns(rows, weight, None, H, W, how, 1.0, conj, False)
-            _rows(y, how, weight.dtype, rows)
+            _rows(y, how, rows)
     return y
 
 
 def _spectrum(x: Tensor, spectrum: Tensor, inner: float, inverse: bool) -> None:
     B, H, W, C = x.shape
-    how = plan(H, W, spectrum.dtype)
+    how = plan(H, W)
     tiles = triton.cdiv(C, how["CT"])
     with torch.cuda.device_of(x):
         if "P" in how:
@@ -174,38 +186,38 @@ def _spectrum(x: Tensor, spectrum: Tensor, inner: float, inverse: bool) -> None:
             _spectrum_kernel[(tiles * chunks,)](
                 x,
                 spectrum,
-                matrices(H, W, spectrum.dtype, x.device),
+                matrices(H, W, x.device),
                 B,
                 C,
                 spectrum.shape[-1],
                 *x.stride()[:3],
                 per,
+                0,
                 inner,
                 H=H,
                 W=W,
                 INVERSE=inverse,
                 PRECISION=PRECISION,
                 **how,
-                num_warps=WARPS,
             )
         elif inverse:
             rows = spectrum.new_empty(B, W, H, C)
             _columns(rows, None, spectrum, H, W, how, inner, False, True)
-            _rows(x, how, spectrum.dtype, rows)
+            _rows(x, how, rows)
         else:
-            _columns(_rows(x, how, spectrum.dtype), None, spectrum, H, W, how, inner, False, False)
+            _columns(_rows(x, how), None, spectrum, H, W, how, inner, False, False)
 
 
-def _rows(x: Tensor, how: dict, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+def _rows(x: Tensor, how: dict, rows: Tensor | None = None) -> Tensor:
     """The transforms of the rows of x, or, where these are given, x of them."""
     B, H, W, C = x.shape
     inverse = rows is not None
     if rows is None:
-        rows = x.new_empty((B, W, H, C), dtype=dtype)
+        rows = x.new_empty((B, W, H, C), dtype=torch.float32)
     grid = triton.cdiv(C, how["CT"]) * triton.cdiv(H, how["HT"]) * B
-    table, sizes = matrices(H, W, dtype, x.device), {name: how[name] for name in ("WP", "HT", "CT")}
+    table, sizes = matrices(H, W, x.device), {name: how[name] for name in ("WP", "HT", "CT")}
     _rows_kernel[(grid,)](
-        x, rows, table, H, C, *x.stride()[:3], W=W, **sizes, INVERSE=inverse, PRECISION=PRECISION, num_warps=WARPS
+        x, rows, table, H, C, *x.stride()[:3], W=W, **sizes, INVERSE=inverse, PRECISION=PRECISION, num_warps=4
     )
     return rows
 
@@ -222,23 +234,25 @@ def _columns(
     inverse: bool,
 ) -> None:
     B, _, _, C = rows.shape
-    _columns_kernel[(triton.cdiv(C, how["CT"]) * (W // 2 + 1) * B,)](
+    _columns_kernel[(triton.cdiv(C, how["COLUMNS"]) * (W // 2 + 1) * B,)](
         rows,
         weight,
         spectrum,
-        matrices(H, W, rows.dtype, rows.device)[2 * how["WP"] ** 2 :],
+        matrices(H, W, rows.device)[2 * how["WP"] ** 2 :],
         B,
         C,
         H,
         1 if spectrum is None else spectrum.shape[-1],
+        0,
         inner,
         W=W,
         HP=how["HP"],
-        CT=how["CT"],
+        CT=how["COLUMNS"],
         CONJ=conj,
         INVERSE=inverse,
         PRECISION=PRECISION,
-        num_warps=WARPS,
+        num_warps=4,
+        num_stages=1,
     )
 
 
@@ -253,15 +267,19 @@ def runs(B: int, tiles: int) -> tuple[int, int]:
     return per, triton.cdiv(B, per)
 
 
-def plan(H: int, W: int, dtype: torch.dtype) -> dict:
-    """How a grid is transformed: sizes of tiles, with "P" where one kernel does it."""
-    if dtype == torch.float64:  # through global memory: products in float64 have no registers to spare
-        return {"HP": _padded(H), "WP": _padded(W), "HT": 1, "CT": 16}
+def plan(H: int, W: int) -> dict:
+    """How a grid is transformed, in float32: sizes of tiles, and with "P", where one kernel does it, how it is compiled.
+    As many channels as registers allow: with "COLUMNS", 8 are 32 bytes, the least that memory moves."""
     if H * W <= 32:
-        return {"P": (_padded(H * W), _padded(H * (W // 2 + 1))), "CT": 32, "DENSE": True}
+        return {"P": (_padded(H * W), _padded(H * (W // 2 + 1))), "CT": 32, "DENSE": True, **_compiled(4)}
     if max(H, W) <= 16:
-        return {"P": (_padded(H, 8), _padded(W), _padded(W // 2 + 1, 8)), "CT": 16, "DENSE": False}
-    return {"HP": _padded(H), "WP": _padded(W), "HT": 2, "CT": 16}
+        sizes = (_padded(H, 8), _padded(W), _padded(W // 2 + 1, 8))
+        return {"P": sizes, "CT": 8 if W == 16 else 16, "DENSE": False, **_compiled(8)}
+    return {"HP": _padded(H), "WP": _padded(W), "HT": 2, "CT": 16, "COLUMNS": 8}
+
+
+def _compiled(num_warps: int) -> dict:
+    return {"num_warps": num_warps, "num_stages": 1}
 
 
 def _padded(n: int, least: int = 16) -> int:
@@ -269,13 +287,13 @@ def _padded(n: int, least: int = 16) -> int:
 
 
 @functools.cache
-def matrices(H: int, W: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The padded matrices of a grid's transforms, one after the other, from float64 on the host: at most 128 kB, and
-    256 kB in float64. Made at the first call and kept."""
-    how = plan(H, W, dtype)
+def matrices(H: int, W: int, device: torch.device) -> Tensor:
+    """The padded matrices of a grid's transforms, one after the other, computed in float64 on the host: at most 64 kB.
+    Made at the first call and kept."""
+    how = plan(H, W)
     K = W // 2 + 1
     twice = torch.tensor([1.0 if k == 0 or 2 * k == W else 2.0 for k in range(K)], dtype=torch.float64)
-    of_h, of_w = _angles(H, H), _angles(W, K)  # [h, h'], [w, k]
+    of_h, of_w = spectral_wide.angles(H, H), spectral_wide.angles(W, K)  # [h, h'], [w, k]
     scale_h, scale_w = 1 / math.sqrt(H), 1 / math.sqrt(W)
     if "P" in how and how["DENSE"]:
         points, modes = how["P"]
@@ -299,12 +317,7 @@ def matrices(H: int, W: int, dtype: torch.dtype, device: torch.device) -> Tensor
             rows = torch.cat([cos_w.T, -sin_w.T[odd]])
             back = torch.cat([cos_w * twice, (-sin_w * twice)[:, odd]], 1)
             parts = [*(_pad(t, WP, WP) for t in (rows, back)), *(_pad(t, HP, HP) for t in (cos_h, sin_h))]
-    return torch.cat([part.reshape(-1) for part in parts]).to(device, dtype)
-
-
-def _angles(n: int, modes: int) -> Tensor:
-    """``2 pi j k / n``, reduced to one turn before it is rounded."""
-    return torch.outer(torch.arange(n), torch.arange(modes)).remainder(n).double() * (2 * math.pi / n)
+    return torch.cat([part.reshape(-1) for part in parts]).to(device, torch.float32)
 
 
 def _pad(t: Tensor, rows: int, columns: int) -> Tensor:

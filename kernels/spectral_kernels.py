@@ -4,9 +4,9 @@ Triton has no complex numbers and no cheap butterflies, so a transform of a smal
 cosines and sines, in float32 with three TF32 products for one (as exact as float32, on tensor cores). Channels are the
 columns of every product: they are adjacent in memory, and a NaN in one of them reaches no other.
 
-Grids up to 64 points: one product with the matrix of the whole transform, 4 H W H K operations a channel each way.
-Grids up to 16 x 16: rows, then columns, both on chip. In either case the tokens are read once and written once: that
-is the floor. Larger grids: three kernels through a float32 copy of the half spectrum, as large as the tokens, so three
+Grids up to 32 points: one product with the matrix of the whole transform. Grids up to 16 x 16: rows, then columns, both
+on chip (8 x 8 takes 65,000 multiplications for 16 channels so, padding included, and 131,000 with one matrix, which
+spills besides). In either case the tokens are read once and written once: that is the floor. Larger grids: three kernels through a float32 copy of the half spectrum, as large as the tokens, so three
 times the floor; it holds no zeros, since of columns 0 and W / 2 the imaginary parts are not kept.
 
 Padding: matrices have rows and columns of zeros up to powers of two of 16 and more, loads are masked to zero there.
@@ -113,7 +113,8 @@ def _inverse(re, im, matrices, CT: tl.constexpr, DENSE: tl.constexpr, P: tl.cons
 
 
 # ---- grids that fit on chip ------------------------------------------------------------------------------------------
-# A program has a tile of channels and a run of `per` images.
+# A program has a tile of channels and a run of `per` images. `again` is 0, which the compiler does not know: otherwise
+# it would take the matrices out of the loop, and spill them. They are read from a cache.
 
 
 @triton.jit
@@ -149,7 +150,7 @@ def _gate_kernel(
     wi = tl.load(gates + 1, is_gate, 0.0)
     if CONJ:
         wi = -wi
-    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
+    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
         x = tl.load(x_ptr + b * x_b + places, is_token, 0.0).to(wr.dtype)
         re, im = _forward(x, matrices + b * again, CT, DENSE, P, PRECISION)
         y = _inverse(re * wr - im * wi, re * wi + im * wr, matrices + b * again, CT, DENSE, P, PRECISION)
@@ -194,7 +195,7 @@ def _gate_backward_kernel(
     gates = ((h * K + k) * C + c) * 2
     sum_re = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
     sum_im = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
-    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
+    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
         g = tl.load(g_ptr + b * g_b + of_g, is_token, 0.0).to(w_ptr.dtype.element_ty)
         g_re, g_im = _forward(g, matrices + b * again, CT, DENSE, P, PRECISION)
         x = tl.load(x_ptr + b * x_b + of_x, is_token, 0.0).to(w_ptr.dtype.element_ty)
@@ -202,7 +203,7 @@ def _gate_backward_kernel(
         x_re, x_im = _forward(x, matrices + 2 * b * again, CT, DENSE, P, PRECISION)
         sum_re += x_re * g_re + x_im * g_im
         sum_im += x_re * g_im - x_im * g_re
-        if WANTS_X:  # gates are read again for each image: from a cache, and they would take a third of the registers
+        if WANTS_X:  # the gates are read again too: kept, they would take a third of the registers
             wr = tl.load(w_ptr + gates, is_gate, 0.0)
             wi = tl.load(w_ptr + gates + 1, is_gate, 0.0)
             grad = _inverse(g_re * wr + g_im * wi, g_im * wr - g_re * wi, matrices + b * again, CT, DENSE, P, PRECISION)
@@ -245,7 +246,7 @@ def _spectrum_kernel(
     block = H * K * 2 * channels
     inside = (c // channels).to(tl.int64) * B * block + (h * K + k) * 2 * channels + c % channels
     scale = _inner_scale(k, inner, W, s_ptr.dtype.element_ty)
-    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
+    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
         spectrum = s_ptr + b * block + inside
         if INVERSE:
             re = tl.load(spectrum, is_there, 0.0) * scale
@@ -301,7 +302,8 @@ def _rows_kernel(
 
 @triton.jit
 def _turn(re, im, matrices, HP: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr):
-    """The transform of columns, [HP, CT] each part, or its inverse."""
+    """The transform of columns, [HP, CT] each part, or its inverse. The barriers keep ptxas from loading a matrix while
+    it has another in registers."""
     tl.debug_barrier()
     cos = _matrix(matrices, HP, HP)
     out_re, out_im = _dot(cos, re, PRECISION), _dot(cos, im, PRECISION)
@@ -370,7 +372,7 @@ def _columns_kernel(
 @triton.jit
 def _columns_backward_kernel(
     g_ptr,  # rows of the gradient, [B, W, H, C]; becomes rows of the gradient to x where WANTS_X
-    x_ptr,  # rows of x
+    x_ptr,  # rows of x or, for tall grids, whose transforms fill the registers one at a time, its spectrum
     w_ptr,
     sums_ptr,  # [chunks, H, K, C, 2]
     matrices,
@@ -382,6 +384,7 @@ def _columns_backward_kernel(
     W: tl.constexpr,
     HP: tl.constexpr,
     CT: tl.constexpr,
+    SPECTRUM: tl.constexpr,  # of x
     WANTS_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -399,12 +402,17 @@ def _columns_backward_kernel(
     gates = ((h * K + k) * C + c) * 2
     sum_re = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
     sum_im = tl.zeros(gates.shape, w_ptr.dtype.element_ty)
-    for b in tl.range(chunk * per, tl.minimum(chunk * per + per, B), disable_licm=True):
-        g, x = g_ptr + b * (W * H * C), x_ptr + b * (W * H * C)
+    for b in range(chunk * per, tl.minimum(chunk * per + per, B)):
+        g = g_ptr + b * (W * H * C)
         g_re, g_im = tl.load(g + first_part, there, 0.0), tl.load(g + second_part, two_parts, 0.0)
-        x_re, x_im = tl.load(x + first_part, there, 0.0), tl.load(x + second_part, two_parts, 0.0)
         g_re, g_im = _turn(g_re, g_im, matrices + b * again, HP, False, PRECISION)
-        x_re, x_im = _turn(x_re, x_im, matrices + 2 * b * again, HP, False, PRECISION)
+        if SPECTRUM:
+            x = x_ptr + b * (H * K * 2 * C) + (h * K + k) * 2 * C + c
+            x_re, x_im = tl.load(x, there, 0.0), tl.load(x + C, there, 0.0)
+        else:
+            x = x_ptr + b * (W * H * C)
+            x_re, x_im = tl.load(x + first_part, there, 0.0), tl.load(x + second_part, two_parts, 0.0)
+            x_re, x_im = _turn(x_re, x_im, matrices + 2 * b * again, HP, False, PRECISION)
         sum_re += x_re * g_re + x_im * g_im
         sum_im += x_re * g_im - x_im * g_re
         if WANTS_X:

@@ -16,7 +16,8 @@ from . import reference
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 64  # side of a grid that the kernels serve; larger ones run the reference
-FEW, MANY = 4, 512  # on a CPU, so few channels of all images with more pixels than that run the reference: it is faster
+# On a CPU, up to 4 channels, and 8 in all images together, of more pixels than this run the reference: it is faster.
+FEW_CHANNELS, FEW_IN_ALL, MANY_PIXELS = 4, 8, 512
 
 __all__ = ["LARGEST", "as_kernel", "inverse_spectrum", "spectral_gate", "spectrum"]
 
@@ -34,7 +35,7 @@ def spectral_gate(
     ``torch.fft.irfft2``, the anti-Hermitian part of the product in columns 0 and, for even W, W / 2 is dropped.
     Only ``x`` (and ``weight``) are saved for backward; the gradient to ``weight`` is summed in an order that does not
     depend on threads. The op is bilinear, and its derivatives of any order are exact. A grid with a side above
-    :data:`LARGEST` runs the reference, and so do, on a CPU, at most 4 channels in all images together on a grid of more
+    :data:`LARGEST` runs the reference, and so do, on a CPU, up to 4 channels (8 in all images together) on a grid of more
     than 512 pixels, which leave most of a register empty.
 
     Args:
@@ -83,7 +84,7 @@ def spectral_gate(
     if weight.device != x.device:
         raise ValueError(f"{op}: expected weight on x's device {x.device}, got {weight.device}")
     tokens = x if x.dim() == 4 else x.reshape(x.shape[0], height, width, x.shape[-1])
-    weight = weight.to(state)
+    weight = weight if weight.dtype == state else weight.to(state)
     wide = out_dtype == torch.float32 and state == torch.float32 and x.dtype != state
     if not _library.serves("spectral_gate_forward", x) or max(grid) > LARGEST or _leaves_lanes_empty(tokens):
         out = reference.spectral_gate(tokens, weight, out_dtype=out_dtype)
@@ -91,12 +92,15 @@ def spectral_gate(
         out = _gate(tokens, weight, wide)
     else:
         out = torch.ops.fastcifar.spectral_gate_forward.default(tokens, weight, wide)
-    return out.view(x.shape).to(out_dtype or x.dtype)
+    out = out if x.dim() == 4 else out.view(x.shape)
+    return out if out.dtype == (out_dtype or x.dtype) else out.to(out_dtype or x.dtype)
 
 
 def _leaves_lanes_empty(x: Tensor) -> bool:
     batch, height, width, channels = x.shape
-    return height * width > MANY and x.is_cpu and not torch.compiler.is_compiling() and batch * channels <= FEW
+    if channels > FEW_CHANNELS or height * width <= MANY_PIXELS or not x.is_cpu or torch.compiler.is_compiling():
+        return False
+    return batch * channels <= FEW_IN_ALL
 
 
 def check_tokens(op: str, x: Tensor, spatial_size: Sequence[int] | None) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from .._library import state_dtype
 
 def spectral_gate(x: Tensor, weight: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
     """``irfft2(rfft2(x) * weight)`` over the grid (GFNet, eqs. 4 to 6)."""
-    mixed = _irfft2(_rfft2(x) * torch.complex(*weight.unbind(-1)), x.shape[2])
+    mixed = _irfft2(_rfft2(x) * _complex(weight), x.shape[2])
     return mixed.to(out_dtype or x.dtype)
 
 
@@ -33,8 +33,14 @@ def inverse_spectrum(spectrum: Tensor, *, width: int, out_dtype: torch.dtype | N
 
 def as_kernel(weight: Tensor, width: int) -> Tensor:
     """The kernel ``[C, H, width]`` of the circular convolution that ``weight`` is the transfer function of."""
-    half = torch.complex(*weight.unbind(-1)).permute(2, 0, 1)
+    half = _complex(weight).permute(2, 0, 1)
     return torch.fft.irfft2(half, s=(weight.shape[0], width))
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    if pairs.is_contiguous() and pairs.storage_offset() % 2 == 0:  # what torch can look at as complex numbers
+        return torch.view_as_complex(pairs)
+    return torch.complex(*pairs.unbind(-1))
 
 
 def _rfft2(x: Tensor) -> Tensor:
