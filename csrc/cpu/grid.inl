@@ -119,6 +119,10 @@ struct Grid {
     for (int i = 0; i < w; ++i, from += x.pixel * bytes) __builtin_prefetch(from, kWrite, 2 + kWrite);
   }
 
+  void prefetch_image(const Tokens& out, int64_t b) const {
+    for (int i = 0; i < h; ++i) prefetch_row<1>(out, b * out.image + i * out.row + c);
+  }
+
   // `ahead`: elements from here to what the next call will read, 0 for nothing; `out`: what this image will be written
   // to, or null. Both are on their way while this image is worked on.
   void rows_in(const Tokens& x, int64_t b, A* tile, int64_t ahead, const Tokens* out = nullptr) const {

@@ -117,15 +117,26 @@ void spectral_reduce(const SpectralProblem& p, int64_t begin, int64_t end, void*
   }
 }
 
-// Calls f(b, place of real parts in the spectrum of row 0 and column 0) for each item.
-template <class A, class F>
-FC_INLINE void each_spectrum(const SpectralProblem& p, Grid<A>& grid, int64_t begin, int64_t end, F f) {
-  const int64_t size = p.channels / p.blocks, groups = (size + kLanes<A> - 1) / kLanes<A>;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / (p.blocks * groups), block = i / groups % p.blocks, first = i % groups * kLanes<A>;
-    grid.select(block * size + first, size - first);
-    f(b, (A*)p.spectrum + (block * p.batch + b) * grid.h * grid.k * 2 * size + first);
+// One image of one group: where its tokens start, and the real parts of its spectrum's row 0 and column 0.
+template <class A>
+struct SpectrumItem {
+  int64_t b, channel, rest;
+  A* place;
+  SpectrumItem(const SpectralProblem& p, int64_t i) {
+    const int64_t size = p.channels / p.blocks, groups = (size + kLanes<A> - 1) / kLanes<A>;
+    const int64_t block = i / groups % p.blocks, first = i % groups * kLanes<A>;
+    b = i / (p.blocks * groups);
+    channel = block * size + first;
+    rest = size - first;
+    place = (A*)p.spectrum + (block * p.batch + b) * p.columns->n * (p.rows->n / 2 + 1) * 2 * size + first;
   }
+};
+
+// Asks for a spectrum, which is read or written 64 bytes here and 64 bytes there.
+template <int kWrite, class A>
+FC_INLINE void prefetch_spectrum(const SpectralProblem& p, const A* place) {
+  const int64_t step = p.channels / p.blocks, count = 2 * p.columns->n * (p.rows->n / 2 + 1);
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(place + i * step, kWrite, 2 + kWrite);
 }
 
 template <class A>
@@ -135,13 +146,17 @@ void spectrum_forward(const SpectralProblem& p, int64_t begin, int64_t end, void
   const int64_t size = p.channels / p.blocks;
   const double scale = 1 / __builtin_sqrt(double(grid.h) * grid.w);
   const A half = A(scale / 2), inner = A(scale / 2 * p.inner);
-  each_spectrum<A>(p, grid, begin, end, [&](int64_t b, A* out) {
+  for (int64_t i = begin; i < end; ++i) {
+    const SpectrumItem<A> item(p, i), next(p, i + 1 < end ? i + 1 : i);
+    A* const out = item.place;
+    grid.select(item.channel, item.rest);
     const auto put = [&](int row, int n, Z<A> z) {
       A* to = out + (int64_t(row) * grid.k + n) * 2 * size;
       grid.put(to, z.re);
       grid.put(to + size, z.im);
     };
-    grid.rows_in(p.x, b, tile, 0);
+    prefetch_spectrum<1>(p, out);
+    grid.rows_in(p.x, item.b, tile, (next.b - item.b) * p.x.image + next.channel - item.channel);
     grid.edge_forward(tile, f);
     for (int n = 0; n < grid.h; ++n) {
       const Z<A> z = load_complex(f + n * kPair<A>), m = grid.mirrored(f, n), u = z + m, v = minus_i(z - m);
@@ -155,7 +170,7 @@ void spectrum_forward(const SpectralProblem& p, int64_t begin, int64_t end, void
         put(grid.order(j), n, {z.re * inner, z.im * inner});
       }
     }
-  });
+  }
 }
 
 template <class A>
@@ -165,7 +180,12 @@ void spectrum_inverse(const SpectralProblem& p, int64_t begin, int64_t end, void
   const int64_t size = p.channels / p.blocks;
   const double scale = 1 / __builtin_sqrt(double(grid.h) * grid.w);
   const A half = A(scale / 2), inner = A(scale * p.inner);
-  each_spectrum<A>(p, grid, begin, end, [&](int64_t b, A* in) {
+  for (int64_t i = begin; i < end; ++i) {
+    const SpectrumItem<A> item(p, i), next(p, i + 1 < end ? i + 1 : i);
+    const A* const in = item.place;
+    grid.select(item.channel, item.rest);
+    prefetch_spectrum<0>(p, next.place);
+    grid.prefetch_image(p.out, item.b);
     const auto get = [&](int row, int n) {
       const A* from = in + (int64_t(row) * grid.k + n) * 2 * size;
       return Z<A>{grid.get(from), grid.get(from + size)};
@@ -187,8 +207,8 @@ void spectrum_inverse(const SpectralProblem& p, int64_t begin, int64_t end, void
       }
       grid.column_inverse(tile, n, f);
     }
-    grid.rows_out(tile, p.out, b);
-  });
+    grid.rows_out(tile, p.out, item.b);
+  }
 }
 
 static int64_t spectral_scratch_bytes(const SpectralProblem& p, int is_double) {
