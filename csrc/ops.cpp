@@ -54,6 +54,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("spectral_gate_backward", TORCH_BOX(&fastcifar::spectral_gate_backward));
   m.impl("spectrum_forward", TORCH_BOX(&fastcifar::spectrum_forward));
   m.impl("spectrum_inverse", TORCH_BOX(&fastcifar::spectrum_inverse));
+  m.impl("spectrum_real_parts", TORCH_BOX(&fastcifar::spectrum_real_parts));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -30,5 +30,6 @@ std::tuple<Tensor, Tensor> spectral_gate_backward(Tensor grad, Tensor x, Tensor 
                                                   bool wants_weight);
 Tensor spectrum_forward(Tensor x, int64_t blocks, double inner);
 Tensor spectrum_inverse(Tensor spectrum, int64_t width, double inner);
+Tensor spectrum_real_parts(Tensor half, int64_t channels);
 
 }  // namespace fastcifar

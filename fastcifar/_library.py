@@ -278,6 +278,15 @@ def _spectrum_inverse_fake(spectrum, width, inner):
     return spectrum.new_empty((batch, height, width, blocks * channels))
 
 
+def _spectrum_real_parts_fake(half, channels):
+    return half.new_empty((half.shape[0], half.shape[1], channels))
+
+
+def _spectrum_real_parts_vmap(info, in_dims, half, channels):
+    out = torch.ops.fastcifar.spectrum_real_parts(_joined(half, in_dims[0], 0, info.batch_size), channels)
+    return out.unflatten(0, (info.batch_size, -1)), 0
+
+
 def _joined(t: Tensor, dim: int | None, to: int, size: int) -> Tensor:
     """``t`` with its batch dimension (expanded where it has none) merged into the one that is then after it."""
     moved = _move(t, dim, to, size)
@@ -327,6 +336,7 @@ for _op, _fake, _vmap, _source in (
     ("spectral_gate_backward", _spectral_gate_backward_fake, _spectral_gate_backward_vmap, "spectral"),
     ("spectrum_forward", _spectrum_forward_fake, _spectrum_forward_vmap, "spectral"),
     ("spectrum_inverse", _spectrum_inverse_fake, _spectrum_inverse_vmap, "spectral"),
+    ("spectrum_real_parts", _spectrum_real_parts_fake, _spectrum_real_parts_vmap, "spectral"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
     if _vmap is not None:

@@ -294,4 +294,19 @@ Tensor spectrum_inverse(Tensor spectrum, int64_t width, double inner) {
   return out;
 }
 
+Tensor spectrum_real_parts(Tensor half, int64_t channels) {
+  const char* const op = "spectrum_real_parts";
+  FC_CHECK(half.is_cpu() && half.dim() == 4 && half.size(3) == 2 && channels >= 1 && half.size(2) == channels / 2 + 1 &&
+               (half.scalar_type() == ScalarType::Float || half.scalar_type() == ScalarType::Double),
+           op, ": expected [B, N, channels // 2 + 1, 2], float32 or float64");
+  const Tensor in = half.is_contiguous() ? half : copy_as(half, contiguous_strides(sizes_of(half)));
+  const int64_t tokens = in.size(1);
+  Tensor out = fresh({in.size(0), tokens, channels}, in.scalar_type());
+  const auto kernel = spectral_kernels(checked_isa()).real_parts[in.scalar_type() == ScalarType::Double];
+  parallel_for(in.size(0) * tokens, kGrain / channels + 1, [&](int64_t begin, int64_t end) {
+    kernel(in.data_ptr(), out.data_ptr(), begin, end, tokens, channels);
+  });
+  return out;
+}
+
 }  // namespace fastcifar

@@ -58,6 +58,9 @@ struct SpectralKernels {
   SpectralKernel reduce[2];    // partial -> grad_weight; an item is a group
   SpectralKernel forward[2];   // x -> spectrum; an item is an image and a group
   SpectralKernel inverse[2];   // spectrum -> out; the same
+  // Rows [begin, end) of real parts [B * tokens, channels] from half spectra [B * tokens, channels / 2 + 1] of (re, im)
+  // pairs: the other half of row n is row -n, backwards.
+  void (*real_parts[2])(const void* half, void* out, int64_t begin, int64_t end, int64_t tokens, int64_t channels);
 };
 
 }  // namespace fastcifar

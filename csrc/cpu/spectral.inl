@@ -211,6 +211,29 @@ void spectrum_inverse(const SpectralProblem& p, int64_t begin, int64_t end, void
   }
 }
 
+template <class A>
+void real_parts(const void* half, void* result, int64_t begin, int64_t end, int64_t tokens, int64_t channels) {
+  constexpr int kL = kLanes<A>;
+  const int64_t kept = channels / 2 + 1;
+  I<A> even{}, backwards{};
+  for (int i = 0; i < kL; ++i) even[i] = 2 * i, backwards[i] = 2 * (kL - 1 - i);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row % tokens;
+    const A* const own = (const A*)half + row * kept * 2;
+    const A* const mirror = (const A*)half + (row - n + (n ? tokens - n : 0)) * kept * 2;
+    A* const out = (A*)result + row * channels;
+    int64_t c = 0;
+    for (; c + kL <= kept; c += kL)
+      store(out + c, __builtin_shuffle(load(own + 2 * c, Full{}), load(own + 2 * c + kL, Full{}), even), Full{});
+    for (; c < kept; ++c) out[c] = own[2 * c];
+    for (; c + kL <= channels; c += kL) {  // from channels - c down to channels - c - (kL - 1)
+      const A* const from = mirror + 2 * (channels - c - (kL - 1));
+      store(out + c, __builtin_shuffle(load(from, Full{}), load(from + kL, Full{}), backwards), Full{});
+    }
+    for (; c < channels; ++c) out[c] = mirror[2 * (channels - c)];
+  }
+}
+
 static int64_t spectral_scratch_bytes(const SpectralProblem& p, int is_double) {
   return is_double ? 8 * Scratch<double>(p).end : 4 * Scratch<float>(p).end;
 }
@@ -224,6 +247,7 @@ const SpectralKernels spectral_kernels = {
     {spectral_reduce<float>, spectral_reduce<double>},
     {spectrum_forward<float>, spectrum_forward<double>},
     {spectrum_inverse<float>, spectrum_inverse<double>},
+    {real_parts<float>, real_parts<double>},
 };
 
 }  // namespace fastcifar::FASTCIFAR_ISA

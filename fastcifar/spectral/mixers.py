@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import direct_apply, state_dtype
+from .._library import direct_apply, serves, state_dtype
+from . import mixers_reference as reference
 from .export import inverse_spectrum_matmul, spectrum_matmul
 from .functional import check_tokens, inverse_spectrum, spectrum
 
@@ -194,7 +195,7 @@ def fnet(x: Tensor) -> Tensor:
         raise ValueError(f"fnet: expected x [..., N, C] with N and C of at least 1, got {tuple(x.shape)}")
     if 0 in x.shape:  # MKL refuses an empty batch
         return x.clone()
-    return _fnet(x)
+    return _fnet(x) if serves("spectrum_real_parts", x) else reference.fnet(x)
 
 
 # ---- AFNO and BFNO ---------------------------------------------------------------------------------------------------
@@ -289,30 +290,14 @@ def _step(x: Tensor) -> int:
 # ---- FNet ------------------------------------------------------------------------------------------------------------
 
 
-def _half_and_mirror(x: Tensor, out: Tensor) -> None:
-    """Columns 0 to C // 2 from the half spectrum, and column C - c, token n from column c, token -n."""
-    channels = x.shape[-1]
-    half = torch.fft.rfft2(x.to(state_dtype(x.dtype))).real
-    columns = channels // 2 + 1
-    out[..., :columns] = half
-    inner = half[..., 1 : (channels + 1) // 2]
-    out[..., 0, columns:] = inner[..., 0, :].flip(-1)
-    out[..., 1:, columns:] = inner[..., 1:, :].flip(-2, -1)
-
-
 class _FNet(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x):
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        step = 2 * _step(x) if x.dim() > 2 else None
-        if step is None or step >= x.shape[0]:
-            _half_and_mirror(x, out)
-        else:
-            for part, target in zip(x.split(step), out.split(step), strict=True):
-                _half_and_mirror(part, target)
-        return out
+        tokens = x.reshape(-1, *x.shape[-2:]).to(state_dtype(x.dtype))
+        half = torch.view_as_real(torch.fft.rfft2(tokens))
+        return torch.ops.fastcifar.spectrum_real_parts.default(half, x.shape[-1]).to(x.dtype).view(x.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
