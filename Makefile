@@ -15,7 +15,8 @@ BUILT := $(VENV)/built-$(TORCH)
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
-.PHONY: help bench bench-full bench-grid test lint wheel sanitize gpu-check instructions publish data clean distclean
+.PHONY: help bench bench-full bench-grid test lint wheel sanitize cuda gpu-check
+.PHONY: instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -69,6 +70,15 @@ sanitize: $(BUILT) ## address, undefined-behaviour and thread sanitizer over the
 
 gpu-check: ## on a machine with an NVIDIA GPU: build, test, sanitize and bench there, into $OUT (build/gpu)
 	OUT=$(OUT) bench/gpu_check.sh
+
+cuda: fastcifar/_cuda.so ## with nvcc: the CUDA C++ kernels, which run in place of Triton's where they apply
+
+# No torch in it: nvcc alone builds it, in seconds, with or without a GPU. 1675: it does not know a pragma of gcc's.
+ARCHS := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+	-gencode arch=compute_100,code=[sm_100,compute_100]
+fastcifar/_cuda.so: csrc/cuda/spectral.cu csrc/cuda/spectral_body.h csrc/butterflies.h pyproject.toml
+	nvcc -O3 -std=c++17 $(ARCHS) -diag-suppress 1675 -shared -Xcompiler -fPIC,-fvisibility=hidden \
+		-DFASTCIFAR_VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) -o $@ $<
 
 wheel: $(INSTALLED) ## one abi3 wheel in dist/
 	@rm -rf build/lib* build/bdist*

@@ -23,6 +23,7 @@ step() { # name, command...
 }
 
 FASTCIFAR_HOST=1 "$python" -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || exit 1
+if command -v nvcc >/dev/null; then step cuda make cuda; fi # else Triton alone
 step doctor "$python" -m fastcifar doctor
 step selftest "$python" -m fastcifar selftest
 step tests "$python" -m pytest -q tests
@@ -32,9 +33,12 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 66 \
       "$python" -m pytest -q tests/conformance.py -k "cuda and (small_sizes or subset_of_gradients)"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool-spectral" compute-sanitizer --tool "$tool" --error-exitcode 66 \
+      "$python" -m pytest -q tests/test_triton_spectral.py -k "layouts or runs_of_images"
   done
 fi
 
+step spectral "$python" bench/gpu_spectral.py "$out/spectral.json"
 FASTCIFAR_BENCH_DEVICE=cuda step bench "$python" -m pytest bench --benchmark-json="$out/results.json"
 [ "$failed" = 0 ] && echo "gpu-check: all passed; results in $out"
 exit "$failed"

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +201,19 @@ def spiking() -> Iterator[Entry]:
 
 
 def spectral() -> Iterator[Entry]:
-    """The kernels of kernels/spectral_kernels.py, as kernels/spectral.py launches them: each in its largest tiles, and
-    in the types that differ in more than a conversion."""
+    """The kernels that kernels/spectral.py launches: each in its largest tiles, and in types that differ in more than a
+    conversion."""
     from . import spectral as family
     from . import spectral_kernels as kernels
+    from . import spectral_large_kernels as large
 
     def entry(kernel: Any, H: int, W: int, x: str = "fp32", absent: Sequence[str] = (), **constexprs: Any) -> Entry:
-        how = family.plan(H, W)
-        options = {"num_warps": 8 if kernel is kernels._columns_backward_kernel else 4, "num_stages": 1}
+        how = family.plan(H, W, kernel is kernels._gate_backward_kernel)
+        options = {"num_warps": 8 if kernel is large._columns_backward_kernel else 4, "num_stages": 1}
         options |= {name: how.pop(name) for name in tuple(how) if name in options}
         if "P" in how:
             how["H"] = H
-        elif kernel is not kernels._rows_kernel:
+        elif kernel is not large._rows_kernel:
             how["CT"] = how["COLUMNS"]
         values = {**how, "W": W, "PRECISION": family.PRECISION, **constexprs, **dict.fromkeys(absent)}
         signature = {}
@@ -234,13 +235,17 @@ def spectral() -> Iterator[Entry]:
         yield entry(kernels._gate_kernel, side, side, x, CONJ=x != "fp32")
         yield entry(kernels._gate_backward_kernel, side, side, x, WANTS_X=side != 4)
         yield entry(kernels._spectrum_kernel, side, side, x if side == 4 else "fp32", INVERSE=side != 4)
+        if side > 8:  # rows that do not start on 16 bytes take more registers for addresses
+            plain = entry(kernels._gate_backward_kernel, side, side, x, WANTS_X=True)
+            signature = {name: kind.partition(":")[0] for name, kind in plain.signature.items()}
+            yield replace(plain, signature=signature, name=f"{plain.name} unaligned")
     yield entry(kernels._spectrum_kernel, 16, 16, INVERSE=False)
     for side, x in ((32, "bf16"), (64, "fp32")):
         for inverse in (False, True):
-            yield entry(kernels._rows_kernel, side, side, x, INVERSE=inverse)
-        yield entry(kernels._columns_kernel, side, side, absent=["s_ptr"], CONJ=True, INVERSE=False)
-        yield entry(kernels._columns_kernel, side, side, absent=["w_ptr"], CONJ=False, INVERSE=side == 64)
-        yield entry(kernels._columns_backward_kernel, side, side, SPECTRUM=side == 64, WANTS_X=True)
+            yield entry(large._rows_kernel, side, side, x, INVERSE=inverse)
+        yield entry(large._columns_kernel, side, side, absent=["s_ptr"], CONJ=True, INVERSE=False)
+        yield entry(large._columns_kernel, side, side, absent=["w_ptr"], CONJ=False, INVERSE=side == 64)
+        yield entry(large._columns_backward_kernel, side, side, SPECTRUM=side == 64, WANTS_X=True)
 
 
 FAMILIES = {"spiking": spiking, "spectral": spectral}

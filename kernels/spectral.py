@@ -1,9 +1,10 @@
 """Launchers of spectral mixing on CUDA tensors, which ``fastcifar._library`` registers.
 
-The Triton kernels are in ``kernels/spectral_kernels.py``. Where ``fastcifar/_cuda.so`` was built (``make cuda``), the
-gate of the grids that it has, in float32, runs its CUDA C++ kernels (:func:`owner` says so). Launchers check nothing:
-``fastcifar.spectral`` does. They never wait for the device, so a CUDA graph can capture them, after a first call outside
-the capture that puts a grid's matrices on the device.
+The Triton kernels are in ``kernels/spectral_kernels.py``; float64 is ``kernels/spectral_wide.py``. Where
+``fastcifar/_cuda.so`` was built (``make cuda``), the gate of the grids that it has, in float32, runs its CUDA C++
+kernels (``spectral_cuda.owner`` says so). Launchers check nothing but sizes: ``fastcifar.spectral`` does. They never
+wait for the device, so a CUDA graph can capture them, after a first call outside the capture that puts a grid's
+matrices on the device.
 """
 
 from __future__ import annotations
@@ -16,26 +17,13 @@ import triton
 from torch import Tensor
 
 from . import spectral_cuda, spectral_wide
-from .spectral_kernels import (
-    _columns_backward_kernel,
-    _columns_kernel,
-    _gate_backward_kernel,
-    _gate_kernel,
-    _rows_kernel,
-    _spectrum_kernel,
-)
+from .spectral_kernels import _gate_backward_kernel, _gate_kernel, _spectrum_kernel
+from .spectral_large_kernels import _columns_backward_kernel, _columns_kernel, _rows_kernel
 
 # Three TF32 products for a float32 one; "ieee" takes the units that are no tensor cores. "tf32" errs by 5e-4.
 PRECISION = "tf32x3"
 PROGRAMS = 512  # that images are dealt to, about four a multiprocessor; the same on every GPU, as sums depend on it
-
-
-def owner() -> str:
-    """What serves the gate on CUDA, for doctor()."""
-    if spectral_cuda.library() is None:
-        return "Triton, kernels/spectral.py"
-    sides = ", ".join(f"{side} x {side}" for side in spectral_cuda.SIDES)
-    return f"CUDA C++, csrc/cuda/spectral.cu (float32, {sides}); Triton, kernels/spectral.py"
+LARGEST_IMAGE = 2**29  # places inside of an image are 32-bit numbers, between images 64-bit
 
 
 def spectral_gate_forward(x: Tensor, weight: Tensor, wide: bool) -> Tensor:
@@ -59,8 +47,8 @@ def spectral_gate_backward(
     weight, x, grad = weight.contiguous(), _adjacent(x), _adjacent(grad)
     if spectral_cuda.serves(x) and grad.dtype == torch.float32:
         return grad_x, spectral_cuda.gate_backward(grad, x, weight, grad_x if wants_x else None)
-    how = plan(H, W)
-    tiles = triton.cdiv(C, how["CT"])
+    how = plan(H, W, backward=True)
+    tiles = triton.cdiv(C, how.get("COLUMNS", how["CT"]))
     per, chunks = runs(B, tiles * (1 if "P" in how else W // 2 + 1))
     sums = weight.new_empty(chunks, *weight.shape)
     with torch.cuda.device_of(x):
@@ -117,9 +105,10 @@ def spectral_gate_backward(
 def spectrum_forward(x: Tensor, blocks: int, inner: float) -> Tensor:
     """``fastcifar::spectrum_forward``."""
     B, H, W, C = x.shape
-    if x.dtype == torch.float64:
+    wide = x.dtype == torch.float64
+    out = x.new_empty((blocks, B, H, W // 2 + 1, 2, C // blocks), dtype=x.dtype if wide else torch.float32)
+    if wide and out.numel():
         return spectral_wide.spectrum(x, blocks, inner)
-    out = x.new_empty((blocks, B, H, W // 2 + 1, 2, C // blocks), dtype=torch.float32)
     if out.numel():
         _spectrum(_adjacent(x), out, inner, False)
     return out
@@ -128,9 +117,9 @@ def spectrum_forward(x: Tensor, blocks: int, inner: float) -> Tensor:
 def spectrum_inverse(spectrum: Tensor, width: int, inner: float) -> Tensor:
     """``fastcifar::spectrum_inverse``."""
     blocks, B, H, _, _, channels = spectrum.shape
-    if spectrum.dtype == torch.float64:
-        return spectral_wide.inverse(spectrum, width, inner)
     out = spectrum.new_empty((B, H, width, blocks * channels))
+    if out.numel() and out.dtype == torch.float64:
+        return spectral_wide.inverse(spectrum, width, inner)
     if out.numel():
         _spectrum(out, spectrum.contiguous(), inner, True)
     return out
@@ -258,6 +247,8 @@ def _columns(
 
 def _adjacent(x: Tensor) -> Tensor:
     """x itself where its channels are adjacent in memory, else one copy."""
+    if math.prod(x.shape[1:]) >= LARGEST_IMAGE:
+        raise ValueError(f"spectral: expected images of less than {LARGEST_IMAGE} numbers, got {tuple(x.shape)}")
     return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
@@ -267,14 +258,20 @@ def runs(B: int, tiles: int) -> tuple[int, int]:
     return per, triton.cdiv(B, per)
 
 
-def plan(H: int, W: int) -> dict:
-    """How a grid is transformed, in float32: sizes of tiles, and with "P", where one kernel does it, how it is compiled.
-    As many channels as registers allow: with "COLUMNS", 8 are 32 bytes, the least that memory moves."""
-    if H * W <= 32:
-        return {"P": (_padded(H * W), _padded(H * (W // 2 + 1))), "CT": 32, "DENSE": True, **_compiled(4)}
+def plan(H: int, W: int, backward: bool = False) -> dict:
+    """How a grid is transformed in float32: sizes of tiles, and with "P", where one kernel does it, how to compile it.
+
+    As many channels as registers allow without a spill, in a gate or its backward pass: 8 are 32 bytes, the least that
+    memory moves, and programs with 4 share them in the L2 cache."""
+    if H * W <= 16:
+        sizes = (_padded(H * W), _padded(H * (W // 2 + 1)))
+        return {"P": sizes, "CT": 32, "DENSE": True, **_compiled(4)}
     if max(H, W) <= 16:
         sizes = (_padded(H, 8), _padded(W), _padded(W // 2 + 1, 8))
-        return {"P": sizes, "CT": 8 if W == 16 else 16, "DENSE": False, **_compiled(8)}
+        channels = 8 if W == 16 else 16
+        if backward and H > 8:
+            channels //= 2
+        return {"P": sizes, "CT": channels, "DENSE": False, **_compiled(8)}
     return {"HP": _padded(H), "WP": _padded(W), "HT": 2, "CT": 16, "COLUMNS": 8}
 
 

@@ -36,6 +36,14 @@ def library() -> ctypes.CDLL | None:
     return ctypes.CDLL(str(path))
 
 
+def owner() -> str:
+    """What serves the gate on CUDA, for doctor()."""
+    if library() is None:
+        return "Triton, kernels/spectral.py"
+    sides = ", ".join(f"{side} x {side}" for side in SIDES)
+    return f"CUDA C++, csrc/cuda/spectral.cu (float32, {sides}); Triton, kernels/spectral.py"
+
+
 def serves(x: Tensor) -> bool:
     """Whether it is there and has a kernel for such tokens, whose channels are adjacent."""
     square = x.shape[1] == x.shape[2] and x.shape[1] in SIDES

@@ -56,5 +56,7 @@ def bfno(x: Tensor, w1: Tensor, *, kept_columns: int | None) -> Tensor:
 
 def fnet(x: Tensor) -> Tensor:
     """``Re(FFT over tokens of FFT over hidden)`` of ``[..., N, C]``, unnormalised (FNet, eq. 3)."""
+    if x.numel() == 0:  # which torch.fft refuses
+        return x.clone()
     z = torch.fft.fft(torch.fft.fft(x.to(state_dtype(x.dtype)), dim=-1), dim=-2)
     return z.real.to(x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec import BadInput, Inputs, OpSpec, Outputs
-from . import functional, modules, reference
+from . import functional, mixers, mixers_reference, modules, reference
 
 _SIZES = {"empty": (0, 4, 6, 2), "one": (1, 1, 1, 2), "prime": (3, 5, 7, 26), "large": (16, 8, 8, 64)}
 
@@ -30,6 +30,10 @@ def _gate_sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Input
 
 def _x_sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
     return {"x": _gate_sample(size, dtype, device, seed)["x"]}
+
+
+def _sequence_sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    return {"x": _gate_sample(size, dtype, device, seed)["x"].flatten(1, 2)}
 
 
 def _spectrum_sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
@@ -141,6 +145,26 @@ SPECS = [
                 ValueError,
                 r"\[blocks, B, H, 5, 2, C / blocks\] for width 8",
             ),
+        ),
+        layouts=("contiguous", "transposed", "sliced"),
+    ),
+    OpSpec(
+        name="fnet",
+        family="spectral",
+        function=_one(mixers.fnet),
+        reference=_one(mixers_reference.fnet),
+        sample=_sequence_sample,
+        options=({}, {}),
+        differentiable=("x",),
+        exact=(),
+        raw_ops=("spectrum_real_parts",),
+        module=modules.FourierLayer,
+        smooth=True,
+        bad_inputs=(
+            BadInput("no tensor", lambda: {"x": 1.0}, TypeError, "expected x to be a tensor, got float"),
+            BadInput("integers", lambda: {"x": _x(2, 4, 6).int()}, TypeError, "got torch.int32"),
+            BadInput("a vector", lambda: {"x": _x(4)}, ValueError, r"got \(4,\)"),
+            BadInput("no tokens", lambda: {"x": _x(2, 0, 3)}, ValueError, r"got \(2, 0, 3\)"),
         ),
         layouts=("contiguous", "transposed", "sliced"),
     ),
