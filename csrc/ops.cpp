@@ -55,6 +55,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("spectrum_forward", TORCH_BOX(&fastcifar::spectrum_forward));
   m.impl("spectrum_inverse", TORCH_BOX(&fastcifar::spectrum_inverse));
   m.impl("spectrum_real_parts", TORCH_BOX(&fastcifar::spectrum_real_parts));
+  // fixedpoint
+  m.impl("fixed_quantize", TORCH_BOX(&fastcifar::fixed_quantize));
+  m.impl("fixed_to_raw", TORCH_BOX(&fastcifar::fixed_to_raw));
+  m.impl("fixed_quantize_backward", TORCH_BOX(&fastcifar::fixed_quantize_backward));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -32,4 +32,14 @@ Tensor spectrum_forward(Tensor x, int64_t blocks, double inner);
 Tensor spectrum_inverse(Tensor spectrum, int64_t width, double inner);
 Tensor spectrum_real_parts(Tensor half, int64_t channels);
 
+// fixedpoint
+Tensor fixed_quantize(Tensor x, OptionalTensor frac_bits, OptionalTensor seed, int64_t width, int64_t int_bits,
+                      bool is_signed, int64_t rounding, int64_t overflow, int64_t saturated_bits);
+Tensor fixed_to_raw(Tensor x, OptionalTensor seed, int64_t width, int64_t int_bits, bool is_signed, int64_t rounding,
+                    int64_t overflow, int64_t saturated_bits);
+std::tuple<Tensor, Tensor> fixed_quantize_backward(Tensor grad, Tensor x, OptionalTensor frac_bits, OptionalTensor seed,
+                                                   int64_t width, int64_t int_bits, bool is_signed, int64_t rounding,
+                                                   int64_t overflow, int64_t saturated_bits, bool wrap_gradient,
+                                                   bool wants_x, bool wants_frac_bits);
+
 }  // namespace fastcifar

@@ -327,6 +327,63 @@ def _spectrum_inverse_vmap(info, in_dims, spectrum, width, inner):
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
+# ---- fixedpoint ------------------------------------------------------------------------------------------------------
+# A vmapped dimension is one more dimension of x, before the others. Where samples have binary points, their gradients or
+# random numbers of their own, they are cast one after the other.
+
+_STOCHASTIC = 7  # of ROUNDINGS
+
+
+def _fixed_like(x, rounding, dtype=None):
+    if rounding == _STOCHASTIC:  # whose random numbers are counted row by row
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _fixed_quantize_fake(x, frac_bits, seed, width, int_bits, signed, rounding, overflow, saturated_bits):
+    return _fixed_like(x, rounding)
+
+
+def _fixed_to_raw_fake(x, seed, width, int_bits, signed, rounding, overflow, saturated_bits):
+    return _fixed_like(x, rounding, torch.int64 if width == 32 and not signed else torch.int32)
+
+
+def _fixed_quantize_backward_fake(grad, x, frac_bits, seed, *rest):
+    wants_x, wants_frac_bits = rest[-2:]
+    grad_x = _fixed_like(x, rest[3]) if wants_x else x.new_empty((0,))
+    points = frac_bits.numel() if wants_frac_bits else 0
+    return grad_x, x.new_empty((points,), dtype=torch.float64)
+
+
+def _fixed_vmap(op: str, tensors: int, alone: Callable[..., bool]) -> Callable:
+    """The rule of an op whose first arguments are ``tensors`` tensors, x (and its gradient) before the others."""
+
+    def rule(info, in_dims, *arguments):
+        size, call = info.batch_size, getattr(torch.ops.fastcifar, op)
+        given, rest = arguments[:tensors], arguments[tensors:]
+        first = 2 if op == "fixed_quantize_backward" else 1
+        dims = in_dims[:tensors]
+        if all(d is None for d in dims[first:]) and not alone(*rest):
+            out = call(*(_move(t, d, 0, size) for t, d in zip(given[:first], dims, strict=False)), *given[first:], *rest)
+            return (out, 0) if first == 1 else (out, (0, None))
+        each = [
+            call(*(t if d is None else t.select(d, i) for t, d in zip(given, dims, strict=True)), *rest)
+            for i in range(size)
+        ]
+        if first == 1:
+            return torch.stack(each), 0
+        return tuple(torch.stack(parts) for parts in zip(*each, strict=True)), (0, 0)
+
+    return rule
+
+
+_fixed_quantize_vmap = _fixed_vmap("fixed_quantize", 3, lambda *rest: rest[3] == _STOCHASTIC)
+_fixed_to_raw_vmap = _fixed_vmap("fixed_to_raw", 2, lambda *rest: rest[3] == _STOCHASTIC)
+_fixed_quantize_backward_vmap = _fixed_vmap(
+    "fixed_quantize_backward", 4, lambda *rest: rest[3] == _STOCHASTIC or rest[-1] or not rest[-2]
+)
+
+
 _define()
 for _op, _fake, _vmap, _source in (
     ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap, "spiking"),
@@ -337,6 +394,9 @@ for _op, _fake, _vmap, _source in (
     ("spectrum_forward", _spectrum_forward_fake, _spectrum_forward_vmap, "spectral"),
     ("spectrum_inverse", _spectrum_inverse_fake, _spectrum_inverse_vmap, "spectral"),
     ("spectrum_real_parts", _spectrum_real_parts_fake, _spectrum_real_parts_vmap, "spectral"),
+    ("fixed_quantize", _fixed_quantize_fake, _fixed_quantize_vmap, "fixedpoint"),
+    ("fixed_to_raw", _fixed_to_raw_fake, _fixed_to_raw_vmap, "fixedpoint"),
+    ("fixed_quantize_backward", _fixed_quantize_backward_fake, _fixed_quantize_backward_vmap, "fixedpoint"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
     if _vmap is not None:

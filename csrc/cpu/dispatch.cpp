@@ -33,6 +33,7 @@ FC_TABLES(common_kernels, CommonKernels)
 FC_TABLES(spiking_kernels, SpikingKernels)
 FC_TABLES(packed_kernels, PackedKernels)
 FC_TABLES(spectral_kernels, SpectralKernels)
+FC_TABLES(fixedpoint_kernels, FixedPointKernels)
 
 Isa best_isa() {
 #if defined(__x86_64__)

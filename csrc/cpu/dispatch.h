@@ -1,6 +1,7 @@
 // Which instruction set serves the raw kernels: the best one the machine has, unless FASTCIFAR_CPU_ISA names another.
 #pragma once
 #include "common_kernels.h"
+#include "fixedpoint.h"
 #include "packed.h"
 #include "spectral.h"
 #include "spiking.h"
@@ -23,5 +24,6 @@ const CommonKernels& common_kernels(Isa isa);
 const SpikingKernels& spiking_kernels(Isa isa);
 const PackedKernels& packed_kernels(Isa isa);
 const SpectralKernels& spectral_kernels(Isa isa);
+const FixedPointKernels& fixedpoint_kernels(Isa isa);
 
 }  // namespace fastcifar

@@ -1,0 +1,402 @@
+// The fixed-point cast. Rounding is done on magnitudes, whose fraction is exact (that of -0.49999997 above its floor is
+// not), overflow on the rounded number in the same lanes: floats hold 24 bits, and reduction modulo a power of two by
+// floor and a product is exact for every float, however large. Values: one read, one write, some 15 operations a
+// register, well below what memory takes. Backward recomputes them: two reads, one write, and a sum in double whose
+// order is the elements' own, sixteen at a time, whatever the registers hold.
+#pragma once
+#include "fixedpoint.h"
+#include "rows.inl"
+#include "vec.h"
+
+namespace fastcifar::FASTCIFAR_ISA {
+
+#if FASTCIFAR_VECTOR_BYTES == 64
+FC_INLINE V<float> floor(V<float> x) { return (V<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | 8); }
+FC_INLINE V<double> floor(V<double> x) { return (V<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | 8); }
+FC_INLINE V<float> to_even(V<float> x) { return (V<float>)_mm512_roundscale_ps((__m512)x, 8); }
+FC_INLINE V<double> to_even(V<double> x) { return (V<double>)_mm512_roundscale_pd((__m512d)x, 8); }
+#elif FASTCIFAR_VECTOR_BYTES == 32
+FC_INLINE V<float> floor(V<float> x) { return (V<float>)_mm256_floor_ps((__m256)x); }
+FC_INLINE V<double> floor(V<double> x) { return (V<double>)_mm256_floor_pd((__m256d)x); }
+FC_INLINE V<float> to_even(V<float> x) { return (V<float>)_mm256_round_ps((__m256)x, 8); }
+FC_INLINE V<double> to_even(V<double> x) { return (V<double>)_mm256_round_pd((__m256d)x, 8); }
+#else
+// The addition leaves no room for a fraction; a number too large for it has none.
+template <class Register>
+FC_INLINE Register to_even(Register x) {
+  using A = decltype(x[0] + 0);
+  constexpr A kNoFraction = sizeof(A) == 4 ? A(0x1p23) : A(0x1p52);
+  const Register a = abs<A>(x);
+  const I<A> sign = (I<A>)x ^ (I<A>)a;
+  const Register nearest = select<A>(a < kNoFraction, (a + kNoFraction) - kNoFraction, a);
+  return (Register)((I<A>)nearest | sign);
+}
+template <class Register>
+FC_INLINE Register floor(Register x) {
+  using A = decltype(x[0] + 0);
+  const Register nearest = to_even(x);
+  return nearest - select<A>(nearest > x, splat<A>(1), Register{});
+}
+#endif
+
+// ---- random numbers: a function of the seed's keys and of the element's index ----------------------------------------
+
+template <class A>
+struct Unsigned;
+template <>
+struct Unsigned<float> {
+  typedef uint32_t Vector __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct Unsigned<double> {
+  typedef uint64_t Vector __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using U = typename Unsigned<A>::Vector;
+
+// 32 bits a lane, each a function of all; reference.py's _mix.
+template <class A>
+FC_INLINE U<A> mix(U<A> z) {
+  constexpr uint32_t kLow = 0xffffffff;
+  z = ((z ^ (z >> 16)) * 0x21f0aaad) & kLow;
+  z = ((z ^ (z >> 15)) * 0x735a2d97) & kLow;
+  return z ^ (z >> 15);
+}
+template <class A>
+FC_INLINE V<A> random(uint64_t first, const Cast<A>& c) {
+  constexpr uint32_t kLow = 0xffffffff;
+  U<A> lane;
+  for (int k = 0; k < kLanes<A>; ++k) lane[k] = k;
+  const uint32_t low = uint32_t(first), above = uint32_t(first >> 32);
+  const U<A> index = (low + lane) & kLow;
+  const U<A> carried = index < low ? U<A>{} + 0x9e3779b9u : U<A>{};
+  const U<A> key_above = carried + (c.key_above + above * 0x9e3779b9u);
+  const U<A> mixed = mix<A>((mix<A>(index ^ c.key) + key_above) & kLow);
+  return __builtin_convertvector((I<A>)((mixed >> 9) * 2 + 1), V<A>) * A(0x1p-24);
+}
+
+// ---- one register ----------------------------------------------------------------------------------------------------
+
+template <class A>
+struct Stored {
+  V<A> q;       // the stored integer
+  I<A> inside;  // where the gradient passes
+};
+
+template <class A>
+FC_INLINE V<A> scaled(V<A> x, V<A> scale, V<A> least) {  // |x| 2^F
+  V<A> a = abs<A>(x) * scale;
+  if constexpr (sizeof(A) == 8) a = select<A>((a < least) & (x != A(0)), least, a);
+  return a;
+}
+
+// The integer that a magnitude `a` with the sign of x is rounded to.
+template <int kRounder, class A>
+FC_INLINE V<A> round_magnitude(V<A> a, V<A> x, const Cast<A>& c, uint64_t index) {
+  V<A> m;
+  if constexpr (kRounder == kToEven) {
+    m = to_even(a);
+  } else {
+    const V<A> whole = floor(a);
+    V<A> threshold;
+    if constexpr (kRounder == kAtRandom)
+      threshold = random<A>(index, c);
+    else
+      threshold = select<A>((I<A>)x < 0, splat<A>(c.threshold[1]), splat<A>(c.threshold[0]));
+    m = whole + select<A>(a - whole > threshold, splat<A>(1), V<A>{});
+  }
+  return (V<A>)((I<A>)m ^ ((I<A>)x & (I<A>)splat<A>(A(-0.0))));
+}
+
+template <int kBounder, class A>
+FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
+  const V<A> low = splat<A>(c.low), high = splat<A>(c.high);
+  const I<A> outside = (v < low) | (v > high);  // not where NaN
+  Stored<A> s;
+  s.inside = (v >= low) & (v <= high);
+  if constexpr (kBounder == kClamp) {
+    s.q = select<A>(v > high, high, v);
+    s.q = select<A>(s.q < low, low, s.q);
+  } else if constexpr (kBounder == kZeroOutside) {
+    s.q = (V<A>)((I<A>)v & ~outside);
+  } else {
+    s.inside |= I<A>{} - (c.passes ? 1 : 0);
+    const V<A> m = v - floor(v * c.frequency) * c.period;
+    if constexpr (kBounder == kModulo) {
+      s.q = m - select<A>(m >= c.half, splat<A>(c.period), V<A>{});
+      if (c.half == c.period) s.q = m;
+    } else {
+      const I<A> top = m >= c.half;
+      const V<A> rest = m - select<A>(top, splat<A>(c.half), V<A>{});
+      I<A> sign = v < A(0);
+      if constexpr (kBounder == kTopBitsOfFloor) {
+        const V<A> y = (V<A>)((I<A>)a ^ ((I<A>)x & (I<A>)splat<A>(A(-0.0))));
+        const V<A> shifted = floor(floor(y) * c.bit);
+        sign = shifted - floor(shifted * A(0.5)) * A(2) == A(1);
+      }
+      const I<A> flip = (sign ^ top ^ (I<A>{} - (c.same ? 1 : 0))) & (I<A>{} - (c.flips ? 1 : 0));
+      const V<A> above = select<A>(sign, splat<A>(c.above_negative), splat<A>(c.above_positive));
+      s.q = select<A>(outside, select<A>(flip, c.ones - rest, rest) + above, v);
+    }
+  }
+  s.q = s.q + A(0);  // no -0
+  return s;
+}
+
+template <int kRounder, int kBounder, class A>
+FC_INLINE Stored<A> cast(V<A> x, const Cast<A>& c, uint64_t index) {
+  V<A> a = scaled<A>(x, splat<A>(c.scale), splat<A>(c.least));
+  if constexpr (kBounder >= kModulo) {  // infinity: any large number
+    const V<A> most = splat<A>(sizeof(A) == 4 ? A(0x1p100) : A(0x1p1000));
+    a = select<A>(a > most, most, a);
+  }
+  return bounded<kBounder, A>(round_magnitude<kRounder, A>(a, x, c, index), a, x, c);
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kStep = 16;  // elements, and sums, at a time
+
+template <int kRounder, int kBounder, class A>
+void forward_row(const A* x, A* out, int64_t n, uint64_t index, Cast<A> c, bool stream) {
+  for_each_vector<A>(n, [&](int64_t i, auto width) {
+    prefetch_next_page(x + i);
+    const V<A> q = cast<kRounder, kBounder, A>(load(x + i, width), c, index + i).q;
+    store(out + i, q * c.inverse, width, stream);
+  });
+}
+
+template <class A>
+struct Sums {
+  V<double> at[kStep / kLanes<double>] = {};
+
+  FC_INLINE_MEMBER void add(int j, V<float> g, V<float> d) {
+    struct Halves {
+      HalfFloat low, high;
+    } gs, ds;
+    memcpy(&gs, &g, sizeof g);
+    memcpy(&ds, &d, sizeof d);
+    at[2 * j] += __builtin_convertvector(gs.low, V<double>) * __builtin_convertvector(ds.low, V<double>);
+    at[2 * j + 1] += __builtin_convertvector(gs.high, V<double>) * __builtin_convertvector(ds.high, V<double>);
+  }
+  FC_INLINE_MEMBER void add(int j, V<double> g, V<double> d) { at[j] += g * d; }
+  FC_INLINE_MEMBER double total() const {
+    double s[kStep];
+    memcpy(s, at, sizeof s);
+    for (int half = kStep / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) s[k] += s[k + half];
+    return s[0];
+  }
+};
+
+// The gradient to x, and the sum of g times what the binary point does to an element: x - out in range, else -out
+// (both times ln 2). A step at a time; `n` of a tail are copied into one.
+template <int kRounder, int kBounder, class A>
+double backward_row(const A* x, const A* g, A* grad_x, int64_t n, uint64_t index, Cast<A> c, bool stream) {
+  Sums<A> sums;
+  const auto step = [&](const A* xs, const A* gs, A* to, uint64_t first, bool past) {
+#pragma GCC unroll 8
+    for (int j = 0; j < int(kStep / kLanes<A>); ++j) {
+      const int64_t at = j * kLanes<A>;
+      const V<A> x1 = load(xs + at, Full{}), g1 = load(gs + at, Full{});
+      const Stored<A> s = cast<kRounder, kBounder, A>(x1, c, first + at);
+      const V<A> kept = (V<A>)((I<A>)x1 & s.inside);
+      sums.add(j, g1, kept - s.q * c.inverse);
+      store(to + at, (V<A>)((I<A>)g1 & s.inside), Full{}, past);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) {
+    prefetch_next_page(x + i);
+    prefetch_next_page(g + i);
+    step(x + i, g + i, grad_x + i, index + i, stream);
+  }
+  if (i < n) {
+    alignas(64) A room[3][kStep] = {};
+    memcpy(room[0], x + i, (n - i) * sizeof(A));
+    memcpy(room[1], g + i, (n - i) * sizeof(A));
+    step(room[0], room[1], room[2], index + i, false);
+    memcpy(grad_x + i, room[2], (n - i) * sizeof(A));
+  }
+  return sums.total();
+}
+
+// The same for columns with a binary point each: x is scaled already, and every column has a sum of its own.
+template <int kRounder, int kBounder, class A>
+void backward_columns(const A* y, const A* g, A* grad_x, double* sums, int64_t n, uint64_t index, Cast<A> c) {
+  for (int64_t i = 0; i < n; i += kLanes<A>) {
+    const V<A> y1 = load(y + i, Full{}), g1 = load(g + i, Full{});
+    const Stored<A> s = cast<kRounder, kBounder, A>(y1, c, index + i);
+    const V<A> d = (V<A>)((I<A>)y1 & s.inside) - s.q;
+    if (i + kLanes<A> <= n)
+      for (int k = 0; k < kLanes<A>; ++k) sums[i + k] += double(g1[k]) * double(d[k]);
+    else
+      for (int k = 0; k < n - i; ++k) sums[i + k] += double(g1[k]) * double(d[k]);
+    store(grad_x + i, (V<A>)((I<A>)g1 & s.inside), Full{});
+  }
+}
+
+template <class A>
+struct CastRows {
+  void (*forward)(const A* x, A* out, int64_t n, uint64_t index, Cast<A> c, bool stream);
+  double (*backward)(const A* x, const A* g, A* grad_x, int64_t n, uint64_t index, Cast<A> c, bool stream);
+  void (*columns)(const A* y, const A* g, A* grad_x, double* sums, int64_t n, uint64_t index, Cast<A> c);
+};
+template <class A>
+struct CastTable {
+  CastRows<A> rows[kRounders][kBounders] = {};
+};
+template <class A, int kRounder, int... kBounderIds>
+constexpr void fill_casts(CastTable<A>& table) {
+  ((table.rows[kRounder][kBounderIds] = {forward_row<kRounder, kBounderIds, A>, backward_row<kRounder, kBounderIds, A>,
+                                         backward_columns<kRounder, kBounderIds, A>}),
+   ...);
+}
+template <class A>
+constexpr CastTable<A> make_casts() {
+  CastTable<A> table;
+  fill_casts<A, kByThreshold, kClamp, kZeroOutside, kModulo, kTopBits, kTopBitsOfFloor>(table);
+  fill_casts<A, kToEven, kClamp, kZeroOutside, kModulo, kTopBits, kTopBitsOfFloor>(table);
+  fill_casts<A, kAtRandom, kClamp, kZeroOutside, kModulo, kTopBits, kTopBitsOfFloor>(table);
+  return table;
+}
+template <class A>
+constexpr CastTable<A> cast_table = make_casts<A>();
+
+// ---- between memory and rows of the compute type ---------------------------------------------------------------------
+
+static constexpr int64_t kStorageBytes[kDTypes] = {4, 8, 2, 2};
+
+template <class A>
+FC_INLINE bool in_place(int dtype) {
+  return dtype == (sizeof(A) == 4 ? kFloat32 : kFloat64);
+}
+
+// n elements from `at` on: where they lie, or converted into `room`.
+template <class A>
+const A* read(const void* memory, int dtype, int64_t at, int64_t n, A* room, float* floats) {
+  const char* from = (const char*)memory + at * kStorageBytes[dtype];
+  if (in_place<A>(dtype)) return (const A*)from;
+  if constexpr (sizeof(A) == 8) {
+    if (dtype != kFloat32) {  // half precision by way of float
+      RowTables<float>::read[dtype](from, 1, floats, n);
+      for (int64_t i = 0; i < n; ++i) room[i] = floats[i];
+      return room;
+    }
+  }
+  RowTables<A>::read[dtype](from, 1, room, n);
+  return room;
+}
+
+template <class A>
+void write(const A* row, const CastProblem& p, int64_t at, int64_t n, float* floats) {
+  char* to = (char*)p.out + at * kStorageBytes[p.dtype];
+  if constexpr (sizeof(A) == 8) {
+    if (p.dtype == kBFloat16 || p.dtype == kFloat16) {  // as torch converts: to float first
+      for (int64_t i = 0; i < n; ++i) floats[i] = float(row[i]);
+      RowTables<float>::write[p.dtype](floats, to, 1, n, false);
+      return;
+    }
+  }
+  RowTables<A>::write[p.dtype](row, to, 1, n, p.stream);
+}
+
+template <class A>
+void write_raw(const A* row, const CastProblem& p, int64_t at, int64_t n) {
+  typedef int32_t Ints __attribute__((vector_size(4 * kLanes<A>)));
+  char* to = (char*)p.out + at * p.raw_bytes;
+  for_each_vector<A>(n, [&](int64_t i, auto width) {
+    V<A> q = load(row + i, Full{});
+    q = select<A>(q == q, q, V<A>{});
+    if constexpr (sizeof(A) == 8)
+      if (p.raw_bytes == 8)  // unsigned; the machine's conversion to 64 bits is not in every instruction set
+        return store_raw((int64_t*)to + i, (I<A>)(q + A(0x1p52)) - (I<A>)splat<A>(A(0x1p52)), width, false);
+    store_raw((int32_t*)to + i, __builtin_convertvector(q, Ints), width, false);
+  });
+}
+
+template <class A>
+void forward_block(const CastProblem& p, const CastRows<A>& kernel, int64_t at, int64_t n, const Cast<A>& c,
+                   const A* scale, const A* inverse, A* scratch) {
+  A *const room = scratch, *const result = scratch + kCastBlock;
+  float* const floats = (float*)(scratch + 3 * kCastBlock);
+  const A* x = read<A>(p.x, p.dtype, at, n, room, floats);
+  const bool direct = p.raw_bytes == 0 && scale == nullptr && in_place<A>(p.dtype);
+  A* const out = direct ? (A*)p.out + at : result;
+  if (scale) {
+    for_each_vector<A>(n, [&](int64_t i, auto width) {
+      const V<A> x1 = load(x + i, width), a = scaled<A>(x1, load(scale + i, width), splat<A>(c.least));
+      store(room + i, (V<A>)((I<A>)a ^ ((I<A>)x1 & (I<A>)splat<A>(A(-0.0)))), width);
+    });
+    x = room;
+  }
+  kernel.forward(x, out, n, at, c, direct && p.stream);
+  if (scale)
+    for (int64_t i = 0; i < n; i += kLanes<A>)
+      store(result + i, load(result + i, Full{}) * load(inverse + i, Full{}), Full{});
+  if (p.raw_bytes)
+    write_raw(result, p, at, n);
+  else if (!direct)
+    write(result, p, at, n, floats);
+}
+
+template <class A>
+double backward_block(const CastProblem& p, const CastRows<A>& kernel, int64_t at, int64_t n, const Cast<A>& c,
+                      const A* scale, double* sums, A* scratch) {
+  A *const room = scratch, *const room_g = scratch + kCastBlock, *const result = scratch + 2 * kCastBlock;
+  float* const floats = (float*)(scratch + 3 * kCastBlock);
+  const A *x = read<A>(p.x, p.dtype, at, n, room, floats), *const g = read<A>(p.grad, p.dtype, at, n, room_g, floats);
+  const bool direct = p.out && scale == nullptr && in_place<A>(p.dtype);
+  A* const out = direct ? (A*)p.out + at : result;
+  double total = 0;
+  if (scale) {
+    for_each_vector<A>(n, [&](int64_t i, auto width) {
+      const V<A> x1 = load(x + i, width), a = scaled<A>(x1, load(scale + i, width), splat<A>(c.least));
+      store(room + i, (V<A>)((I<A>)a ^ ((I<A>)x1 & (I<A>)splat<A>(A(-0.0)))), width);
+      store(room_g + i, load(g + i, width), width);
+    });
+    kernel.columns(room, room_g, out, sums, n, at, c);
+  } else {
+    total = kernel.backward(x, g, out, n, at, c, direct && p.stream);
+  }
+  if (p.out && !direct) write(out, p, at, n, floats);
+  return total;
+}
+
+template <bool kBackward, class A>
+void cast_items(const CastProblem& p, int64_t begin, int64_t end, void* scratch) {
+  const CastRows<A>& kernel = cast_table<A>.rows[p.rounder][p.bounder];
+  const Cast<A>* casts = (const Cast<A>*)p.casts;
+  const int64_t blocks = (p.length + kCastBlock - 1) / kCastBlock;  // p.blocks() would be shared code
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = item / blocks, column = item % blocks * kCastBlock;
+    const int64_t width = p.length - column < kCastBlock ? p.length - column : kCastBlock;
+    if (p.scale == nullptr) {
+      const Cast<A>& c = casts[row % p.channels];
+      const int64_t at = row * p.length + column;
+      if constexpr (kBackward)
+        p.partial[item] = backward_block<A>(p, kernel, at, width, c, nullptr, nullptr, (A*)scratch);
+      else
+        forward_block<A>(p, kernel, at, width, c, nullptr, nullptr, (A*)scratch);
+      continue;
+    }
+    double* const sums = kBackward ? p.partial + row * p.length + column : nullptr;
+    if constexpr (kBackward) memset(sums, 0, width * sizeof(double));
+    const A *const scale = (const A*)p.scale + column, *const inverse = (const A*)p.inverse + column;
+    for (int64_t r = row * p.chunk; r < (row + 1) * p.chunk && r < p.rows; ++r) {
+      const int64_t at = r * p.length + column, left = p.total - at, n = left < width ? left : width;
+      if (n <= 0) break;
+      if constexpr (kBackward)
+        backward_block<A>(p, kernel, at, n, casts[0], scale, sums, (A*)scratch);
+      else
+        forward_block<A>(p, kernel, at, n, casts[0], scale, inverse, (A*)scratch);
+    }
+  }
+  stream_fence();
+}
+
+extern const FixedPointKernels fixedpoint_kernels;
+const FixedPointKernels fixedpoint_kernels = {{cast_items<false, float>, cast_items<false, double>},
+                                              {cast_items<true, float>, cast_items<true, double>}};
+
+}  // namespace fastcifar::FASTCIFAR_ISA
