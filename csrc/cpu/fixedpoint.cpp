@@ -14,14 +14,14 @@ constexpr int kLeastIntBits = -4, kMostIntBits = 40;
 constexpr int64_t kPattern = 1024;   // columns with a binary point each, at least, where the tensor has as many
 constexpr int64_t kMostChunks = 16;  // of rows of such columns, which are summed one after the other
 
-Format format(const char* op, int64_t width, bool is_signed, int64_t rounding, int64_t overflow,
-              int64_t saturated_bits, const OptionalTensor& seed) {
+Format format(const char* op, int64_t width, bool is_signed, int64_t rounding, int64_t overflow, int64_t saturated_bits,
+              const OptionalTensor& seed) {
   FC_CHECK(width >= 1 && width <= 32, op, ": expected a width of 1 to 32");
   FC_CHECK(rounding >= 0 && rounding < kRoundings && overflow >= 0 && overflow < kOverflows, op, ": unknown mode");
   FC_CHECK(saturated_bits >= 0 && saturated_bits <= width, op, ": expected saturated_bits of 0 to width");
   FC_CHECK(is_signed || overflow != kWrapSm, op, ": expected a signed type under wrap_sm");
-  FC_CHECK(rounding != kStochastic || (seed && seed->is_cpu() && seed->numel() == 1 &&
-                                       seed->scalar_type() == ScalarType::Long),
+  FC_CHECK(rounding != kStochastic ||
+               (seed && seed->is_cpu() && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long),
            op, ": expected a seed, one int64 on the CPU, for stochastic rounding");
   Format f;
   f.width = int(width);
@@ -195,6 +195,8 @@ Tensor fixed_to_raw(Tensor x, OptionalTensor seed, int64_t width, int64_t int_bi
   job.p.x = in.data_ptr();
   job.p.raw_bytes = wide ? 8 : 4;
   job.lay_out(seed);
+  for (auto& cast : job.casts_float) cast.inverse = 1;
+  for (auto& cast : job.casts_double) cast.inverse = 1;
   job.run(fixedpoint_kernels(checked_isa()).forward, false, &out);
   return out;
 }

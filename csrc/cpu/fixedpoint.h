@@ -38,9 +38,9 @@ constexpr double two_to(int n) {
 template <class A>
 struct Cast {
   A scale = 1, inverse = 1;  // 2^F and back
-  A least = 0;               // of |x| 2^F where x is not 0: it may underflow, and truncation needs its sign (double only)
-  A threshold[2] = {};       // a magnitude goes up where its fraction is above this: of x >= 0, of x < 0
-  A low = 0, high = 0;       // the integers that are in range
+  A least = 0;          // of |x| 2^F where x is not 0: it may underflow, and truncation needs its sign (double only)
+  A threshold[2] = {};  // a magnitude goes up where its fraction is above this: of x >= 0, of x < 0
+  A low = 0, high = 0;  // the integers that are in range
   // The rounded number modulo `period` lies in [0, period); it stands for a negative one from `half` on.
   A period = 1, frequency = 1, half = 0;
   // Of kTopBits: the low bits that stay, and what stands above them in a number that overflowed.
@@ -92,7 +92,7 @@ struct Cast {
   }
 };
 
-constexpr int64_t kCastBlock = 4096;    // elements that are cast together, and summed together
+constexpr int64_t kCastBlock = 4096;     // elements that are cast together, and summed together
 constexpr int64_t kCastScratch = 4;      // blocks of the compute type that a kernel needs, where it converts
 constexpr int64_t kShortestShared = 64;  // neighbours that share a binary point: fewer, and each brings its own
 
@@ -105,9 +105,9 @@ struct CastProblem {
   int raw_bytes = 0;  // of a stored integer; 0: values
   int rounder = 0, bounder = 0;
   int64_t rows = 1, length = 0, total = 0, channels = 1;
-  const void* casts = nullptr;  // Cast<A>[channels]
+  const void* casts = nullptr;                      // Cast<A>[channels]
   const void *scale = nullptr, *inverse = nullptr;  // A[length]
-  int64_t chunk = 1;          // with `scale`: rows that an item takes
+  int64_t chunk = 1;                                // with `scale`: rows that an item takes
   double* partial = nullptr;  // sums of the gradient to the binary point: [items], or [chunks, length]
   bool stream = false;
 

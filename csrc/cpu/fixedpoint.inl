@@ -12,7 +12,9 @@ namespace fastcifar::FASTCIFAR_ISA {
 
 #if FASTCIFAR_VECTOR_BYTES == 64
 FC_INLINE V<float> floor(V<float> x) { return (V<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | 8); }
-FC_INLINE V<double> floor(V<double> x) { return (V<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | 8); }
+FC_INLINE V<double> floor(V<double> x) {
+  return (V<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | 8);
+}
 FC_INLINE V<float> to_even(V<float> x) { return (V<float>)_mm512_roundscale_ps((__m512)x, 8); }
 FC_INLINE V<double> to_even(V<double> x) { return (V<double>)_mm512_roundscale_pd((__m512d)x, 8); }
 #elif FASTCIFAR_VECTOR_BYTES == 32
@@ -39,7 +41,8 @@ FC_INLINE Register floor(Register x) {
 }
 #endif
 
-// ---- random numbers: a function of the seed's keys and of the element's index ----------------------------------------
+// ---- random numbers: a function of the seed's keys and of the element's index
+// ----------------------------------------
 
 template <class A>
 struct Unsigned;
@@ -75,7 +78,8 @@ FC_INLINE V<A> random(uint64_t first, const Cast<A>& c) {
   return __builtin_convertvector((I<A>)((mixed >> 9) * 2 + 1), V<A>) * A(0x1p-24);
 }
 
-// ---- one register ----------------------------------------------------------------------------------------------------
+// ---- one register
+// ----------------------------------------------------------------------------------------------------
 
 template <class A>
 struct Stored {
@@ -153,7 +157,8 @@ FC_INLINE Stored<A> cast(V<A> x, const Cast<A>& c, uint64_t index) {
   return bounded<kBounder, A>(round_magnitude<kRounder, A>(a, x, c, index), a, x, c);
 }
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
+// ---- rows
+// ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kStep = 16;  // elements, and sums, at a time
 
@@ -263,7 +268,8 @@ constexpr CastTable<A> make_casts() {
 template <class A>
 constexpr CastTable<A> cast_table = make_casts<A>();
 
-// ---- between memory and rows of the compute type ---------------------------------------------------------------------
+// ---- between memory and rows of the compute type
+// ---------------------------------------------------------------------
 
 static constexpr int64_t kStorageBytes[kDTypes] = {4, 8, 2, 2};
 

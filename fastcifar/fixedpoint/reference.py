@@ -66,12 +66,12 @@ def quantize_trainable(
     # F of the types with int_bits in range; the clamp passes the gradient on, so that F can come back.
     whole = wide.round().clamp(width - INT_BITS[1], width - INT_BITS[0])
     scale = _straight_through(power_of_two(whole.detach()), torch.exp2(_straight_through(whole, wide)))
-    y = x.double() * scale
-    below, v = round_to_integer(y.detach(), x.detach(), rounding, seed)
+    below, v = round_to_integer((x.double() * scale).detach(), x.detach(), rounding, seed)
     stored = overflowed(v, below, width, signed, overflow, saturated_bits)
     passes = in_range(v, width, signed, overflow)
     if overflow in ("wrap", "wrap_sm") and wrap_gradient:
         passes = torch.ones_like(passes)
+    y = torch.where(passes, x.double(), 0.0) * scale  # an infinity that saturates must not meet its gradient of 0
     stored = torch.where(passes, _straight_through(stored, y), stored)
     return (stored / scale).to(x.dtype)
 
