@@ -364,7 +364,9 @@ def _fixed_vmap(op: str, tensors: int, alone: Callable[..., bool]) -> Callable:
         first = 2 if op == "fixed_quantize_backward" else 1
         dims = in_dims[:tensors]
         if all(d is None for d in dims[first:]) and not alone(*rest):
-            out = call(*(_move(t, d, 0, size) for t, d in zip(given[:first], dims, strict=False)), *given[first:], *rest)
+            out = call(
+                *(_move(t, d, 0, size) for t, d in zip(given[:first], dims, strict=False)), *given[first:], *rest
+            )
             return (out, 0) if first == 1 else (out, (0, None))
         each = [
             call(*(t if d is None else t.select(d, i) for t, d in zip(given, dims, strict=True)), *rest)
