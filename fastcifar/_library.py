@@ -328,8 +328,8 @@ def _spectrum_inverse_vmap(info, in_dims, spectrum, width, inner):
 
 
 # ---- fixedpoint ------------------------------------------------------------------------------------------------------
-# A vmapped dimension is one more dimension of x, before the others. Where samples have binary points, their gradients or
-# random numbers of their own, they are cast one after the other.
+# A vmapped dimension is one more dimension of x, before the others. Where samples have binary points, their gradients,
+# or random numbers of their own, they are cast one after the other.
 
 _STOCHASTIC = 7  # of ROUNDINGS
 

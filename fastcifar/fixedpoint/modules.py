@@ -156,9 +156,9 @@ class FixedPoint(nn.Module):
 def limit_digits(x: Tensor, k: int, *, signed_digits: bool = False) -> Tensor:
     """``x`` with at most ``k`` digits, so that a product with it is ``k`` shifts and additions. The gradient passes.
 
-    Without ``signed_digits`` the k highest set bits of the magnitude stay and the others become 0. With it the result is
-    a sum of k powers of two with signs of their own, each the nearest to what the earlier ones have left (3 2^n goes up).
-    A power of two scales both, so it makes no difference whether ``x`` is a value or a stored integer. Exact; a
+    Without ``signed_digits`` the k highest set bits of the magnitude stay and the others become 0. With it the result
+    is a sum of k powers of two with signs of their own, each the nearest to what the earlier ones have left (3 2^n goes
+    up). A power of two scales both, so it makes no difference whether ``x`` is a value or a stored integer. Exact; a
     subnormal number counts as 0, NaN and infinity stay.
 
     Args:

@@ -171,10 +171,8 @@ def overflowed(v: Tensor, below: Tensor, width: int, signed: bool, overflow: str
     n = saturated_bits
     ones = (1 << width) - (1 << (width - n))  # the upper n bits
     if overflow == "wrap" and n > 0:
-        if signed:  # the sign is kept, the n - 1 bits below it are its opposite
-            bits = (w & ~ones) | torch.where(negative, top, ones & ~top)
-        else:
-            bits = w | ones
+        # Signed: the sign is kept, the n - 1 bits below it are its opposite.
+        bits = (w & ~ones) | torch.where(negative, top, ones & ~top) if signed else w | ones
     elif overflow == "wrap":
         bits = w
     elif n == 0:  # the sign is the bit above the type's, before rounding; where that changes it, all bits change
