@@ -1,0 +1,91 @@
+"""The fixed-point cast of real CIFAR-10 images beside what does the same, or nearly, in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from harness import Candidate, Workload, cases, compare
+from measure import DEVICE
+from paired import Paired
+from torch import Tensor
+
+from fastcifar import _library
+from fastcifar.data import cifar10, normalize
+from fastcifar.fixedpoint import quantize_trainable
+
+KERNEL = _library.owned("fixed_quantize", DEVICE.type)
+MISSING = "" if KERNEL else "no kernel serves this device, so this is the reference"
+WIDTH = 8
+
+
+def images(elements: int) -> tuple[Tensor, Tensor]:
+    """So many numbers of normalised images, repeated where there are not enough, and a binary point for them."""
+    pixels = normalize(cifar10(split="test")[0][:256]).flatten()
+    repeated = pixels.repeat(elements // pixels.numel() + 1)[:elements]
+    return repeated.clone(), torch.tensor(5.0)
+
+
+def workload(power: int, full: bool = False) -> Workload:
+    return Workload(
+        family="fixedpoint",
+        op="quantize_trainable",
+        title=f"2^{power} float32, width {WIDTH}, rnd_conv, sat",
+        make=partial(images, 2**power),
+        elements=2**power,
+        forward_bytes=8,
+        backward_bytes=12,
+        forward_flops=6,
+        backward_flops=10,
+        gradient_tolerance=1e-4,  # eager sums millions of terms in float32
+        full=full,
+    )
+
+
+def eager(x: Tensor, frac_bits: Tensor) -> Tensor:
+    """What one writes in PyTorch: straight-through rounding and a clamp."""
+    scale = torch.exp2(frac_bits + (frac_bits.round() - frac_bits).detach())
+    y = x * scale
+    y = y + (y.round() - y).detach()
+    return y.clamp(-(2 ** (WIDTH - 1)), 2 ** (WIDTH - 1) - 1) / scale
+
+
+@lru_cache
+def compiled() -> Callable[..., Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(eager)
+
+
+def fake_quantize(x: Tensor, frac_bits: Tensor) -> Tensor:
+    low, high = -(2 ** (WIDTH - 1)), 2 ** (WIDTH - 1) - 1
+    out = torch.fake_quantize_per_tensor_affine(x, 2.0**-5, 0, low, high)
+    return out + 0 * frac_bits  # it has no gradient to give
+
+
+def learnable(x: Tensor, frac_bits: Tensor) -> Tensor:
+    low, high = -(2 ** (WIDTH - 1)), 2 ** (WIDTH - 1) - 1
+    scale, zero = torch.exp2(-frac_bits).view(1), x.new_zeros(1)
+    return torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, low, high, 1.0)
+
+
+CANDIDATES = [
+    Candidate("eager reference", "reference", lambda: eager),
+    Candidate("torch.compile", "compiled", compiled),
+    Candidate(
+        *("torch fake_quantize", "peer", lambda: fake_quantize),
+        checked=False,
+        note="no gradient to the scale",
+    ),
+    Candidate(
+        *("torch learnable fake_quantize", "peer", lambda: learnable),
+        checked=False,
+        note="the scale is not a power of two, and its gradient is another",
+    ),
+    Candidate("fastcifar", "ours", lambda: partial(quantize_trainable, width=WIDTH), note=MISSING),
+]
+
+
+@cases([workload(22), workload(16), workload(10)])
+def test_quantize_trainable(paired: Paired, workload: Workload, mode: str, mapped: bool) -> None:
+    compare(paired, workload, mode, mapped, CANDIDATES)
