@@ -57,12 +57,6 @@ def compiled() -> Callable[..., Tensor]:
     return torch.compile(eager)
 
 
-def fake_quantize(x: Tensor, frac_bits: Tensor) -> Tensor:
-    low, high = -(2 ** (WIDTH - 1)), 2 ** (WIDTH - 1) - 1
-    out = torch.fake_quantize_per_tensor_affine(x, 2.0**-5, 0, low, high)
-    return out + 0 * frac_bits  # it has no gradient to give
-
-
 def learnable(x: Tensor, frac_bits: Tensor) -> Tensor:
     low, high = -(2 ** (WIDTH - 1)), 2 ** (WIDTH - 1) - 1
     scale, zero = torch.exp2(-frac_bits).view(1), x.new_zeros(1)
@@ -72,11 +66,6 @@ def learnable(x: Tensor, frac_bits: Tensor) -> Tensor:
 CANDIDATES = [
     Candidate("eager reference", "reference", lambda: eager),
     Candidate("torch.compile", "compiled", compiled),
-    Candidate(
-        *("torch fake_quantize", "peer", lambda: fake_quantize),
-        checked=False,
-        note="no gradient to the scale",
-    ),
     Candidate(
         *("torch learnable fake_quantize", "peer", lambda: learnable),
         checked=False,

@@ -111,7 +111,7 @@ def test_the_python_schemas_are_those_of_the_extension():
 
 @needs_extension
 def test_the_extension_is_small():
-    assert EXTENSION.stat().st_size < 3 << 20
+    assert EXTENSION.stat().st_size < 5 << 20  # three families, each for three instruction sets
 
 
 def test_import_adds_little_to_that_of_torch():
