@@ -38,7 +38,7 @@ def workload(power: int, full: bool = False) -> Workload:
         backward_bytes=12,
         forward_flops=6,
         backward_flops=10,
-        gradient_tolerance=1e-4,  # eager sums millions of terms in float32
+        gradient_tolerance=1e-3,  # of the eager sum: millions of float32 terms that cancel to one number
         full=full,
     )
 
