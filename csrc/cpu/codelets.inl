@@ -89,28 +89,25 @@ FC_INLINE void transform(Z<A>* z) {
   }
 }
 
-// Two rows of a channel into the spectrum of one pair; asks for what lies `ahead` elements further on.
+// Two rows of a channel into the spectrum of one pair.
 template <int N, class A>
-FC_OUTLINE void row_forward(const A* first, const A* second, int64_t stride, int64_t second_stride, A* to,
-                            int64_t ahead) {
+FC_OUTLINE void row_forward(const A* first, const A* second, int64_t stride, int64_t second_stride, A* to) {
   Z<A> z[N];
   unroll<N>([&]<int n>() FC_LAMBDA {
     z[n] = {load(first + n * stride, Full{}), load(second + n * second_stride, Full{})};
-    __builtin_prefetch(first + ahead + n * stride, 0, 2);
-    __builtin_prefetch(second + ahead + n * second_stride, 0, 2);
   });
   transform<N, A>(z);
   unroll<N>([&]<int n>() FC_LAMBDA { store_complex(to + n * kPair<A>, z[n]); });
 }
 // And back; imaginary parts are the first row.
-template <int N, class A>
+template <int N, bool kStream, class A>
 FC_OUTLINE void row_inverse(const A* from, A* first, A* second, int64_t stride, int64_t second_stride) {
   Z<A> z[N];
   unroll<N>([&]<int n>() FC_LAMBDA { z[n] = swapped<A>(load_complex(from + n * kPair<A>)); });
   transform<N, A>(z);
   unroll<N>([&]<int n>() FC_LAMBDA {
-    store(first + n * stride, z[n].im, Full{});
-    store(second + n * second_stride, z[n].re, Full{});
+    store(first + n * stride, z[n].im, Full{}, kStream);
+    store(second + n * second_stride, z[n].re, Full{}, kStream);
   });
 }
 

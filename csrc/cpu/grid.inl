@@ -70,18 +70,16 @@ struct Grid {
     c = first;
     count = rest < kL ? int(rest) : kL;
   }
-  // Calls f for each group of a panel, with the distance to the next one in elements, 0 at the last.
+  // Calls f for each group of a panel.
   template <class F>
   void each_group(int64_t panel, F f) {
     const int64_t first = panel * p.panel, stop = first + p.panel < groups ? first + p.panel : groups;
     for (int64_t group = first; group < stop; ++group) {
       select(group * kL, p.channels - group * kL);
       own = s + at.slots + (group - first) * at.slot;
-      f(group + 1 < stop ? int64_t(kL) : int64_t(0));
+      f();
     }
   }
-  // From the panel's last group back to its first.
-  int64_t rewind(int64_t panel) const { return c - panel * p.panel * kL; }
   V<A> get(const A* from) const { return count == kL ? load(from, Full{}) : load(from, Tail{count}); }
   void put(A* to, V<A> x) const { count == kL ? store(to, x, Full{}) : store(to, x, Tail{count}); }
   int order(int j) const { return fused ? p.columns->out[j] : j; }  // frequency that stands at place j of a column
@@ -116,29 +114,53 @@ struct Grid {
   }
   bool direct(const Tokens& x) const { return count == kL && x.dtype == (sizeof(A) == 4 ? kFloat32 : kFloat64); }
 
-  // Asks for one row of pixels. Without it a thread waits for memory most of the time: 64 bytes a pixel, then a jump
-  // over the other channels, is no pattern that the hardware follows.
+  // What a thread will need next of an image and a panel, from the first pixel to the last, asked for a piece at a time
+  // while it works on something else. Each group reads 64 bytes here and 64 bytes there, a pattern that the hardware
+  // does not follow; a panel's pixels in the order of their addresses are one that it does.
   template <int kWrite>
-  void prefetch_row(const Tokens& x, int64_t at) const {
-    const int64_t bytes = x.dtype == kFloat64 ? 8 : x.dtype == kFloat32 ? 4 : 2;
-    const char* from = (const char*)x.data + at * bytes;
-    for (int i = 0; i < w; ++i, from += x.pixel * bytes) __builtin_prefetch(from, kWrite, 2 + kWrite);
+  class Ahead {
+   public:
+    Ahead() = default;
+    Ahead(const Grid& grid, const Tokens& t, int64_t b, int64_t first, int64_t last, int steps)
+        : at_((const char*)t.data + (b * t.image + first) * bytes(t)),
+          pixel_(t.pixel * bytes(t)),
+          row_(t.row * bytes(t)),
+          lines_(int(((last - first) * bytes(t) + 63) / 64)),
+          width_(grid.w),
+          pixels_(grid.h * grid.w),
+          steps_(steps) {}
+    void step() {
+      if (step_ >= steps_) return;
+      const int stop = int(int64_t(pixels_) * ++step_ / steps_);
+      for (; done_ < stop; ++done_) {
+        const char* from = at_ + column_ * pixel_;
+        for (int i = 0; i < lines_; ++i) __builtin_prefetch(from + 64 * i, kWrite, 2 + kWrite);
+        if (++column_ == width_) column_ = 0, at_ += row_;
+      }
+    }
+
+   private:
+    static int64_t bytes(const Tokens& t) { return t.dtype == kFloat64 ? 8 : t.dtype == kFloat32 ? 4 : 2; }
+    const char* at_ = nullptr;
+    int64_t pixel_ = 0, row_ = 0;
+    int lines_ = 0, width_ = 1, pixels_ = 0, steps_ = 0, step_ = 0, done_ = 0, column_ = 0;
+  };
+  // Of a panel of an image; each of its groups takes a step at every pair of rows and every column.
+  template <int kWrite>
+  Ahead<kWrite> ahead(const Tokens& t, int64_t panel, int64_t b) const {
+    if (!t.data) return {};
+    const int64_t first = panel * p.panel, stop = first + p.panel < groups ? first + p.panel : groups;
+    const int64_t last = stop * kL < p.channels ? stop * kL : p.channels;
+    return {*this, t, b, first * kL, last, int(stop - first) * (pairs + inner)};
   }
 
-  void prefetch_image(const Tokens& out, int64_t b) const {
-    for (int i = 0; i < h; ++i) prefetch_row<1>(out, b * out.image + i * out.row + c);
-  }
-
-  // `ahead`: elements from here to what the next call will read, 0 for nothing; `out`: what this image will be written
-  // to, or null. Both are on their way while this image is worked on.
-  void rows_in(const Tokens& x, int64_t b, A* tile, int64_t ahead, const Tokens* out = nullptr) const {
+  void rows_in(const Tokens& x, int64_t b, A* tile, Ahead<0>& next) const {
     const bool in_place = direct(x);
     for (int i = 0; i < pairs; ++i) {
       const bool lone = 2 * i + 1 == h;
       const int64_t first = b * x.image + row(2 * i) * x.row + c,
                     second = lone ? 0 : b * x.image + row(2 * i + 1) * x.row + c;
-      if (out)
-        for (int j = 2 * i; j < 2 * i + 2 - lone; ++j) prefetch_row<1>(*out, b * out->image + row(j) * out->row + c);
+      next.step();
       Pair in;
       if (in_place) {
         in = {(A*)x.data + first, lone ? s + at.zero : (A*)x.data + second, x.pixel, lone ? 0 : x.pixel};
@@ -150,21 +172,19 @@ struct Grid {
         in = {s + at.stage, lone ? s + at.zero : s + at.stage + w * kL, kL, lone ? 0 : kL};
       }
       A* const to = tile + i * at.pitch;
-      if (with_length<A>(w, [&]<int N>() {
-            row_forward<N, A>(in.first, in.second, in.stride, in.second_stride, to, in_place ? ahead : 0);
+      if (!with_length<A>(w, [&]<int N>() {
+            row_forward<N, A>(in.first, in.second, in.stride, in.second_stride, to);
           }))
-        continue;
-      if (ahead)
-        for (int j = 2 * i; j < 2 * i + 2 - lone; ++j) prefetch_row<0>(x, b * x.image + row(j) * x.row + c + ahead);
-      fft<A>(*p.rows, {in.first, in.second, in.stride, in.second_stride}, packed_signal(to), s + at.t);
+        fft<A>(*p.rows, {in.first, in.second, in.stride, in.second_stride}, packed_signal(to), s + at.t);
     }
   }
-  void rows_out(A* tile, const Tokens& y, int64_t b) const {
-    const bool in_place = direct(y) && !p.stream;
+  void rows_out(A* tile, const Tokens& y, int64_t b, Ahead<1>& next) const {
+    const bool whole = with_length<A>(w, []<int N>() {}), in_place = direct(y) && (whole || !p.stream);
     for (int i = 0; i < pairs; ++i) {
       const bool lone = 2 * i + 1 == h;
       const int64_t first = b * y.image + row(2 * i) * y.row + c,
                     second = lone ? 0 : b * y.image + row(2 * i + 1) * y.row + c;
+      next.step();
       A *const from = tile + i * at.pitch, *const nowhere = s + at.waste, *const stage = s + at.stage;
       Pair out;
       if (in_place)
@@ -172,7 +192,10 @@ struct Grid {
       else
         out = {stage, lone ? nowhere : stage + w * kL, kL, lone ? 0 : kL};
       if (!with_length<A>(w, [&]<int N>() {
-            row_inverse<N, A>(from, out.first, out.second, out.stride, out.second_stride);
+            if (in_place && p.stream)
+              row_inverse<N, true, A>(from, out.first, out.second, out.stride, out.second_stride);
+            else
+              row_inverse<N, false, A>(from, out.first, out.second, out.stride, out.second_stride);
           }))
         fft<A>(*p.rows, swapped(packed_signal(from)), {out.second, out.first, out.second_stride, out.stride}, s + at.t);
       if (in_place) continue;
@@ -244,6 +267,18 @@ struct Grid {
   void add_products(const A* f, const A* g, A* sum) const {
     for (int64_t i = 0; i < h * kPair<A>; i += kPair<A>)
       store_complex(sum + i, load_complex(sum + i) + conj_times(load_complex(f + i), load_complex(g + i)));
+  }
+  // The same for columns 0 and W / 2, whose spectra share f and g.
+  void add_edge_products(const A* f, const A* g, A* sum) const {
+    for (int n = 0; n < h; ++n) {
+      const Z<A> x = load_complex(f + n * kPair<A>), x_mirror = mirrored(f, n);
+      const Z<A> y = load_complex(g + n * kPair<A>), y_mirror = mirrored(g, n);
+      A* const first = sum + n * kPair<A>;
+      store_complex(first, load_complex(first) + conj_times(x + x_mirror, y + y_mirror));
+      if (w % 2) continue;
+      A* const last = first + w / 2 * h * kPair<A>;
+      store_complex(last, load_complex(last) + conj_times(x - x_mirror, y - y_mirror));
+    }
   }
   // Transform, (gradient of the weight,) gate and transform back of column n.
   template <Between kBetween>
