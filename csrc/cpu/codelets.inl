@@ -93,9 +93,8 @@ FC_INLINE void transform(Z<A>* z) {
 template <int N, class A>
 FC_OUTLINE void row_forward(const A* first, const A* second, int64_t stride, int64_t second_stride, A* to) {
   Z<A> z[N];
-  unroll<N>([&]<int n>() FC_LAMBDA {
-    z[n] = {load(first + n * stride, Full{}), load(second + n * second_stride, Full{})};
-  });
+  unroll<N>([&]<int n>()
+                FC_LAMBDA { z[n] = {load(first + n * stride, Full{}), load(second + n * second_stride, Full{})}; });
   transform<N, A>(z);
   unroll<N>([&]<int n>() FC_LAMBDA { store_complex(to + n * kPair<A>, z[n]); });
 }

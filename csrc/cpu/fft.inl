@@ -226,8 +226,8 @@ FC_INLINE void pack(A* zk, A* zm, Z<A> first, Z<A> second) {
 enum Between : int { kNothing, kGate, kGradient };
 template <class A>
 struct Column {
-  A *zk, *zm;         // the first pair of rows in columns k and W - k
-  int64_t pitch;      // from one pair to the next
+  A *zk, *zm;                   // the first pair of rows in columns k and W - k
+  int64_t pitch;                // from one pair to the next
   const A* gate = nullptr;      // [H] complex
   const A* spectrum = nullptr;  // kGradient: of x, when this is the gradient's column
   A* sum = nullptr;             // kGradient: sum of conj(spectrum) * this

@@ -9,7 +9,7 @@ namespace fastcifar::FASTCIFAR_ISA {
 template <class A>
 struct Scratch {
   int64_t pitch;  // of a pair of rows; an odd number of complex numbers, so that no pair falls on another's cache sets
-  int64_t slot;  // of one group of a panel: its gate, edge and sum, which start at the offsets below
+  int64_t slot;   // of one group of a panel: its gate, edge and sum, which start at the offsets below
   int64_t gate, edge, sum;
   int64_t tile, other, slots, t, u, f, g, stage, zero, waste, end;
   explicit Scratch(const SpectralProblem& p) {
@@ -42,8 +42,8 @@ struct Grid {
   const Scratch<A> at;
   A* const s;
   const int h, w, k, pairs, inner;  // inner: columns 1 .. inner stand for two
-  const bool written_out;  // columns of codelets.inl
-  const bool fused;        // columns with rounds of their own
+  const bool written_out;           // columns of codelets.inl
+  const bool fused;                 // columns with rounds of their own
   const int64_t groups;
   int64_t c = 0;
   int count = kLanes<A>;
@@ -172,9 +172,7 @@ struct Grid {
         in = {s + at.stage, lone ? s + at.zero : s + at.stage + w * kL, kL, lone ? 0 : kL};
       }
       A* const to = tile + i * at.pitch;
-      if (!with_length<A>(w, [&]<int N>() {
-            row_forward<N, A>(in.first, in.second, in.stride, in.second_stride, to);
-          }))
+      if (!with_length<A>(w, [&]<int N>() { row_forward<N, A>(in.first, in.second, in.stride, in.second_stride, to); }))
         fft<A>(*p.rows, {in.first, in.second, in.stride, in.second_stride}, packed_signal(to), s + at.t);
     }
   }

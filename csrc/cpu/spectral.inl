@@ -6,7 +6,7 @@
 // written once. Columns 0 and W / 2 of a real signal's spectrum are spectra of real signals themselves and share one
 // transform. Factors (orthonormal transforms, pairs) are in the gate.
 //
-// Vector additions and multiplications of an image: 8 x 8: 1.2 k, 14 x 14: 7 k, 32 x 32: 37 k; loads and stores come to
+// Vector additions and multiplications of an image: 8 x 8: 1.2 k, 14 x 14: 7 k, 32 x 32: 35 k; loads and stores come to
 // half as many.
 #pragma once
 #include "grid.inl"
