@@ -24,7 +24,7 @@ HEADERS = [
     "fastcifar/_schemas.inc",
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
-    *[f"csrc/cpu/{part}" for part in ("fft.inl", "grid.inl")],  # of spectral
+    *[f"csrc/cpu/{part}" for part in ("fft.inl", "codelets.inl", "grid.inl")],  # of spectral
 ]
 
 # -O3, not -O2: it takes the branches on a call's options out of the inner loops, which halves their time.

@@ -226,10 +226,11 @@ FC_INLINE void pack(A* zk, A* zm, Z<A> first, Z<A> second) {
 enum Between : int { kNothing, kGate, kGradient };
 template <class A>
 struct Column {
-  A *zk, *zm;         // pairs of rows in columns k and W - k
-  const A* gate;      // [H] complex
-  const A* spectrum;  // kGradient: of x, when this is the gradient's column
-  A* sum;             // kGradient: sum of conj(spectrum) * this
+  A *zk, *zm;                   // the first pair of rows in columns k and W - k
+  int64_t pitch;                // from one pair to the next
+  const A* gate = nullptr;      // [H] complex
+  const A* spectrum = nullptr;  // kGradient: of x, when this is the gradient's column
+  A* sum = nullptr;             // kGradient: sum of conj(spectrum) * this
 };
 
 template <int R, Between kBetween, class A>
@@ -249,7 +250,7 @@ void column_one_round(const Column<A>& column, A* t) {
   Z<A> z[R + 1];
 #pragma GCC unroll 8
   for (int p = 0; p < (R + 1) / 2; ++p)
-    unpack(column.zk + p * kPair<A>, column.zm + p * kPair<A>, z[2 * p], z[2 * p + 1]);
+    unpack(column.zk + p * column.pitch, column.zm + p * column.pitch, z[2 * p], z[2 * p + 1]);
   dft<R, A>(z);
   if constexpr (kBetween == kNothing) {
 #pragma GCC unroll 8
@@ -260,7 +261,7 @@ void column_one_round(const Column<A>& column, A* t) {
     if constexpr (R % 2) z[R] = Z<A>{};
 #pragma GCC unroll 8
     for (int p = 0; p < (R + 1) / 2; ++p)
-      pack(column.zk + p * kPair<A>, column.zm + p * kPair<A>, z[2 * p], z[2 * p + 1]);
+      pack(column.zk + p * column.pitch, column.zm + p * column.pitch, z[2 * p], z[2 * p + 1]);
   }
 }
 
@@ -272,7 +273,7 @@ void column_first_round(const FftPlan& plan, const Column<A>& column, A* t) {
     Z<A> z[R];
 #pragma GCC unroll 8
     for (int a = 0; a < R; a += 2) {
-      const int64_t p = (b * R + a) / 2 * kPair<A>;
+      const int64_t p = (b * R + a) / 2 * column.pitch;
       unpack(column.zk + p, column.zm + p, z[a], z[a + 1]);
     }
     dft<R, A>(z);
@@ -307,7 +308,7 @@ void column_last_round(const FftPlan& plan, const Column<A>& column, const A* t)
     dft<R, A>(z);
 #pragma GCC unroll 8
     for (int a = 0; a < R; a += 2) {
-      const int64_t p = (b * R + a) / 2 * kPair<A>;
+      const int64_t p = (b * R + a) / 2 * column.pitch;
       pack(column.zk + p, column.zm + p, z[a], z[a + 1]);
     }
   }

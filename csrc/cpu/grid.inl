@@ -1,24 +1,24 @@
 // One image and one register of channels on its way through a spectrum: the passes over rows and columns that the
 // kernels of spectral.inl are made of.
 #pragma once
-#include "fft.inl"
+#include "codelets.inl"
 
 namespace fastcifar::FASTCIFAR_ISA {
 
 // Rows of a thread's scratch, in elements from its start.
 template <class A>
 struct Scratch {
-  int64_t line;  // of one column of pairs; odd in registers, so that no column falls on the cache sets of another
-  int64_t slot;  // of one group of a panel: its gate, edge and sum, which start at the offsets below
+  int64_t pitch;  // of a pair of rows; an odd number of complex numbers, so that no pair falls on another's cache sets
+  int64_t slot;   // of one group of a panel: its gate, edge and sum, which start at the offsets below
   int64_t gate, edge, sum;
   int64_t tile, other, slots, t, u, f, g, stage, zero, waste, end;
   explicit Scratch(const SpectralProblem& p) {
     const int64_t h = p.columns->n, w = p.rows->n, k = w / 2 + 1, lanes = kLanes<A>;
     int64_t at = 0;
     const auto take = [&at](int64_t elements) { return at += elements, at - elements; };
-    line = ((h + 1) / 2 * 2 + 1) * lanes;
-    tile = take(w * line);
-    other = take(w * line);
+    pitch = (w | 1) * 2 * lanes;
+    tile = take((h + 1) / 2 * pitch);
+    other = take((h + 1) / 2 * pitch);
     gate = 0;
     edge = gate + k * h * 2 * lanes;
     sum = edge + 2 * h * 2 * lanes;
@@ -29,8 +29,8 @@ struct Scratch {
     f = take(2 * kLargestSide * lanes);
     g = take(2 * kLargestSide * lanes);
     stage = take(2 * w * lanes);
-    zero = take(lanes);
-    waste = take(lanes);
+    zero = take(2 * lanes);
+    waste = take(2 * lanes);
     end = at;
   }
 };
@@ -42,7 +42,8 @@ struct Grid {
   const Scratch<A> at;
   A* const s;
   const int h, w, k, pairs, inner;  // inner: columns 1 .. inner stand for two
-  const bool fused;
+  const bool written_out;           // columns of codelets.inl
+  const bool fused;                 // columns with rounds of their own
   const int64_t groups;
   int64_t c = 0;
   int count = kLanes<A>;
@@ -58,9 +59,10 @@ struct Grid {
         k(w / 2 + 1),
         pairs((h + 1) / 2),
         inner((w - 1) / 2),
-        fused(fused_columns<A>(*p.columns)),
+        written_out(with_length<A>(h, []<int N>() {})),
+        fused(!written_out && fused_columns<A>(*p.columns)),
         groups((p.channels + kL - 1) / kL) {
-    for (int i = 0; i < kL; ++i) s[at.zero + i] = 0;
+    for (int i = 0; i < kPair<A>; ++i) s[at.zero + i] = 0;
   }
 
   // Channels [first, first + lanes), or those that are left of `rest`.
@@ -68,25 +70,27 @@ struct Grid {
     c = first;
     count = rest < kL ? int(rest) : kL;
   }
-  // Calls f for each group of a panel, with the distance to the next one in elements, 0 at the last.
+  // Calls f for each group of a panel.
   template <class F>
   void each_group(int64_t panel, F f) {
     const int64_t first = panel * p.panel, stop = first + p.panel < groups ? first + p.panel : groups;
     for (int64_t group = first; group < stop; ++group) {
       select(group * kL, p.channels - group * kL);
       own = s + at.slots + (group - first) * at.slot;
-      f(group + 1 < stop ? int64_t(kL) : int64_t(0));
+      f();
     }
   }
-  // From the panel's last group back to its first.
-  int64_t rewind(int64_t panel) const { return c - panel * p.panel * kL; }
   V<A> get(const A* from) const { return count == kL ? load(from, Full{}) : load(from, Tail{count}); }
   void put(A* to, V<A> x) const { count == kL ? store(to, x, Full{}) : store(to, x, Tail{count}); }
   int order(int j) const { return fused ? p.columns->out[j] : j; }  // frequency that stands at place j of a column
   int row(int i) const { return fused ? p.columns->in[i] : i; }     // row that is i-th in the pairs
-  A* column(A* tile, int n) const { return tile + n * at.line; }
+  static A* column(A* tile, int n) { return tile + n * kPair<A>; }
 
   // ---- rows ----
+  struct Pair {
+    A *first, *second;
+    int64_t stride, second_stride;
+  };
   template <class S>
   void copy_in(const S* from, int64_t stride, A* to) const {
     for (int i = 0; i < w; ++i, from += stride, to += kL)
@@ -110,32 +114,55 @@ struct Grid {
   }
   bool direct(const Tokens& x) const { return count == kL && x.dtype == (sizeof(A) == 4 ? kFloat32 : kFloat64); }
 
-  // Asks for one row of pixels. Without it a thread waits for memory most of the time: 64 bytes a pixel, then a jump
-  // over the other channels, is no pattern that the hardware follows.
+  // What a thread will need next of an image and a panel, from the first pixel to the last, asked for a piece at a time
+  // while it works on something else. Each group reads 64 bytes here and 64 bytes there, a pattern that the hardware
+  // does not follow; a panel's pixels in the order of their addresses are one that it does.
   template <int kWrite>
-  void prefetch_row(const Tokens& x, int64_t at) const {
-    const int64_t bytes = x.dtype == kFloat64 ? 8 : x.dtype == kFloat32 ? 4 : 2;
-    const char* from = (const char*)x.data + at * bytes;
-    for (int i = 0; i < w; ++i, from += x.pixel * bytes) __builtin_prefetch(from, kWrite, 2 + kWrite);
+  class Ahead {
+   public:
+    Ahead() = default;
+    Ahead(const Grid& grid, const Tokens& t, int64_t b, int64_t first, int64_t last, int steps)
+        : at_((const char*)t.data + (b * t.image + first) * bytes(t)),
+          pixel_(t.pixel * bytes(t)),
+          row_(t.row * bytes(t)),
+          lines_(int(((last - first) * bytes(t) + 63) / 64)),
+          width_(grid.w),
+          pixels_(grid.h * grid.w),
+          steps_(steps) {}
+    void step() {
+      if (step_ >= steps_) return;
+      const int stop = int(int64_t(pixels_) * ++step_ / steps_);
+      for (; done_ < stop; ++done_) {
+        const char* from = at_ + column_ * pixel_;
+        for (int i = 0; i < lines_; ++i) __builtin_prefetch(from + 64 * i, kWrite, 2 + kWrite);
+        if (++column_ == width_) column_ = 0, at_ += row_;
+      }
+    }
+
+   private:
+    static int64_t bytes(const Tokens& t) { return t.dtype == kFloat64 ? 8 : t.dtype == kFloat32 ? 4 : 2; }
+    const char* at_ = nullptr;
+    int64_t pixel_ = 0, row_ = 0;
+    int lines_ = 0, width_ = 1, pixels_ = 0, steps_ = 0, step_ = 0, done_ = 0, column_ = 0;
+  };
+  // Of a panel of an image; each of its groups takes a step at every pair of rows and every column.
+  template <int kWrite>
+  Ahead<kWrite> ahead(const Tokens& t, int64_t panel, int64_t b) const {
+    if (!t.data) return {};
+    const int64_t first = panel * p.panel, stop = first + p.panel < groups ? first + p.panel : groups;
+    const int64_t last = stop * kL < p.channels ? stop * kL : p.channels;
+    return {*this, t, b, first * kL, last, int(stop - first) * (pairs + inner)};
   }
 
-  void prefetch_image(const Tokens& out, int64_t b) const {
-    for (int i = 0; i < h; ++i) prefetch_row<1>(out, b * out.image + i * out.row + c);
-  }
-
-  // `ahead`: elements from here to what the next call will read, 0 for nothing; `out`: what this image will be written
-  // to, or null. Both are on their way while this image is worked on.
-  void rows_in(const Tokens& x, int64_t b, A* tile, int64_t ahead, const Tokens* out = nullptr) const {
+  void rows_in(const Tokens& x, int64_t b, A* tile, Ahead<0>& next) const {
+    const bool in_place = direct(x);
     for (int i = 0; i < pairs; ++i) {
       const bool lone = 2 * i + 1 == h;
       const int64_t first = b * x.image + row(2 * i) * x.row + c,
                     second = lone ? 0 : b * x.image + row(2 * i + 1) * x.row + c;
-      for (int j = 2 * i; j < 2 * i + 2 - lone; ++j) {
-        if (ahead) prefetch_row<0>(x, b * x.image + row(j) * x.row + c + ahead);
-        if (out) prefetch_row<1>(*out, b * out->image + row(j) * out->row + c);
-      }
-      Signal<A> in;
-      if (direct(x)) {
+      next.step();
+      Pair in;
+      if (in_place) {
         in = {(A*)x.data + first, lone ? s + at.zero : (A*)x.data + second, x.pixel, lone ? 0 : x.pixel};
       } else {
         with_storage(x.dtype, x.data, [&](auto* data) {
@@ -144,41 +171,58 @@ struct Grid {
         });
         in = {s + at.stage, lone ? s + at.zero : s + at.stage + w * kL, kL, lone ? 0 : kL};
       }
-      A* out = tile + i * kPair<A>;
-      fft<A>(*p.rows, in, {out, out + kL, at.line, at.line}, s + at.t);
+      A* const to = tile + i * at.pitch;
+      if (!with_length<A>(w, [&]<int N>() { row_forward<N, A>(in.first, in.second, in.stride, in.second_stride, to); }))
+        fft<A>(*p.rows, {in.first, in.second, in.stride, in.second_stride}, packed_signal(to), s + at.t);
     }
   }
-  void rows_out(A* tile, const Tokens& y, int64_t b) const {
+  void rows_out(A* tile, const Tokens& y, int64_t b, Ahead<1>& next) const {
+    const bool whole = with_length<A>(w, []<int N>() {}), in_place = direct(y) && (whole || !p.stream);
     for (int i = 0; i < pairs; ++i) {
       const bool lone = 2 * i + 1 == h;
       const int64_t first = b * y.image + row(2 * i) * y.row + c,
                     second = lone ? 0 : b * y.image + row(2 * i + 1) * y.row + c;
-      A* in = tile + i * kPair<A>;
-      const Signal<A> from{in + kL, in, at.line, at.line};
-      A* nowhere = s + at.waste;
-      if (direct(y) && !p.stream) {
-        A* data = (A*)y.data;
-        fft<A>(*p.rows, from, {lone ? nowhere : data + second, data + first, lone ? 0 : y.pixel, y.pixel}, s + at.t);
-      } else {
-        A* stage = s + at.stage;
-        fft<A>(*p.rows, from, {lone ? nowhere : stage + w * kL, stage, lone ? 0 : kL, kL}, s + at.t);
-        with_storage(y.dtype, y.data, [&](auto* data) {
-          copy_out(stage, data + first, y.pixel);
-          if (!lone) copy_out(stage + w * kL, data + second, y.pixel);
-        });
-      }
+      next.step();
+      A *const from = tile + i * at.pitch, *const nowhere = s + at.waste, *const stage = s + at.stage;
+      Pair out;
+      if (in_place)
+        out = {(A*)y.data + first, lone ? nowhere : (A*)y.data + second, y.pixel, lone ? 0 : y.pixel};
+      else
+        out = {stage, lone ? nowhere : stage + w * kL, kL, lone ? 0 : kL};
+      if (!with_length<A>(w, [&]<int N>() {
+            if (in_place && p.stream)
+              row_inverse<N, true, A>(from, out.first, out.second, out.stride, out.second_stride);
+            else
+              row_inverse<N, false, A>(from, out.first, out.second, out.stride, out.second_stride);
+          }))
+        fft<A>(*p.rows, swapped(packed_signal(from)), {out.second, out.first, out.second_stride, out.stride}, s + at.t);
+      if (in_place) continue;
+      with_storage(y.dtype, y.data, [&](auto* data) {
+        copy_out(stage, data + first, y.pixel);
+        if (!lone) copy_out(stage + w * kL, data + second, y.pixel);
+      });
     }
   }
 
   // ---- columns ----
+  Column<A> pair_of_columns(A* tile, int n) const { return {column(tile, n), column(tile, w - n), at.pitch}; }
+  // Column W / 2, or without one zeros or waste in its place, and from one pair of rows to the next in it.
+  struct Last {
+    A* at;
+    int64_t pitch;
+  };
+  Last last_column(A* tile, int64_t instead) const {
+    return w % 2 ? Last{s + instead, 0} : Last{column(tile, w / 2), at.pitch};
+  }
   // The spectrum of column n (1 .. inner), twice the value, in places 0 .. h - 1.
   void column_forward(A* tile, int n, A* spectrum) const {
-    const Column<A> col{column(tile, n), column(tile, w - n), nullptr, nullptr, nullptr};
+    const Column<A> col = pair_of_columns(tile, n);
+    if (with_length<A>(h, [&]<int N>() { column_through<N, kNothing, A>(col, spectrum); })) return;
     if (fused) return fused_column<kNothing, A>(*p.columns, col, spectrum);
     A* u = s + at.u;
     for (int i = 0; i < pairs; ++i) {
       Z<A> first, second;
-      unpack(col.zk + i * kPair<A>, col.zm + i * kPair<A>, first, second);
+      unpack(col.zk + i * at.pitch, col.zm + i * at.pitch, first, second);
       store_complex(u + 2 * i * kPair<A>, first);
       if (2 * i + 1 < h) store_complex(u + (2 * i + 1) * kPair<A>, second);
     }
@@ -190,28 +234,31 @@ struct Grid {
     fft<A>(*p.columns, swapped(packed_signal(spectrum)), packed_signal(u), s + at.t);
     for (int i = 0; i < pairs; ++i) {
       const Z<A> second = 2 * i + 1 < h ? load_complex(u + row(2 * i + 1) * kPair<A>) : Z<A>{};
-      pack(zk + i * kPair<A>, zm + i * kPair<A>, load_complex(u + row(2 * i) * kPair<A>), second);
+      pack(zk + i * at.pitch, zm + i * at.pitch, load_complex(u + row(2 * i) * kPair<A>), second);
     }
   }
   // Columns 0 and w / 2 as one complex column, in natural order.
   void edge_forward(A* tile, A* spectrum) const {
-    const A *z0 = column(tile, 0), *zn = w % 2 ? nullptr : column(tile, w / 2);
+    const A* const z0 = column(tile, 0);
+    const Last last = last_column(tile, at.zero);
+    if (with_length<A>(h, [&]<int N>() { edge_through<N, A>(z0, last.at, at.pitch, last.pitch, spectrum); })) return;
     A* u = s + at.u;
     for (int i = 0; i < pairs; ++i) {
-      const Z<A> a = load_complex(z0 + i * kPair<A>), b = zn ? load_complex(zn + i * kPair<A>) : Z<A>{};
+      const Z<A> a = load_complex(z0 + i * at.pitch), b = load_complex(last.at + i * last.pitch);
       store_complex(u + row(2 * i) * kPair<A>, Z<A>{a.re, b.re});
       if (2 * i + 1 < h) store_complex(u + row(2 * i + 1) * kPair<A>, Z<A>{a.im, b.im});
     }
     fft<A>(*p.columns, packed_signal(u), packed_signal(spectrum), s + at.t);
   }
   void edge_inverse(A* tile, A* spectrum) const {
-    A *z0 = column(tile, 0), *zn = w % 2 ? nullptr : column(tile, w / 2), *u = s + at.u;
+    A *const z0 = column(tile, 0), *const u = s + at.u;
+    const Last last = last_column(tile, at.waste);
     fft<A>(*p.columns, swapped(packed_signal(spectrum)), packed_signal(u), s + at.t);
     for (int i = 0; i < pairs; ++i) {
       const Z<A> first = load_complex(u + row(2 * i) * kPair<A>);
       const Z<A> second = 2 * i + 1 < h ? load_complex(u + row(2 * i + 1) * kPair<A>) : Z<A>{};
-      store_complex(z0 + i * kPair<A>, Z<A>{first.im, second.im});
-      if (zn) store_complex(zn + i * kPair<A>, Z<A>{first.re, second.re});
+      store_complex(z0 + i * at.pitch, Z<A>{first.im, second.im});
+      store_complex(last.at + i * last.pitch, Z<A>{first.re, second.re});
     }
   }
   // sum += conj(f) * g, all places of a column.
@@ -219,13 +266,25 @@ struct Grid {
     for (int64_t i = 0; i < h * kPair<A>; i += kPair<A>)
       store_complex(sum + i, load_complex(sum + i) + conj_times(load_complex(f + i), load_complex(g + i)));
   }
+  // The same for columns 0 and W / 2, whose spectra share f and g.
+  void add_edge_products(const A* f, const A* g, A* sum) const {
+    for (int n = 0; n < h; ++n) {
+      const Z<A> x = load_complex(f + n * kPair<A>), x_mirror = mirrored(f, n);
+      const Z<A> y = load_complex(g + n * kPair<A>), y_mirror = mirrored(g, n);
+      A* const first = sum + n * kPair<A>;
+      store_complex(first, load_complex(first) + conj_times(x + x_mirror, y + y_mirror));
+      if (w % 2) continue;
+      A* const last = first + w / 2 * h * kPair<A>;
+      store_complex(last, load_complex(last) + conj_times(x - x_mirror, y - y_mirror));
+    }
+  }
   // Transform, (gradient of the weight,) gate and transform back of column n.
   template <Between kBetween>
   void gated_column(A* tile, int n, const A* spectrum = nullptr, A* sum = nullptr) const {
     const A* gate = own + at.gate + (n - 1) * h * kPair<A>;
-    if (fused)
-      return fused_column<kBetween, A>(*p.columns, {column(tile, n), column(tile, w - n), gate, spectrum, sum},
-                                       s + at.t);
+    const Column<A> col{column(tile, n), column(tile, w - n), at.pitch, gate, spectrum, sum};
+    if (with_length<A>(h, [&]<int N>() { column_through<N, kBetween, A>(col, nullptr); })) return;
+    if (fused) return fused_column<kBetween, A>(*p.columns, col, s + at.t);
     A* g = s + at.g;
     column_forward(tile, n, g);
     if (kBetween == kGradient) add_products(spectrum, g, sum);
@@ -271,6 +330,11 @@ struct Grid {
     }
   }
   void gate_edge(A* tile, const A* spectrum) const {
+    const Last last = last_column(tile, at.waste);
+    if (with_length<A>(h, [&]<int N>() {
+          edge_back<N, A>(spectrum, own + at.edge, column(tile, 0), last.at, at.pitch, last.pitch);
+        }))
+      return;
     A* gated = s + at.f;
     for (int n = 0; n < h; ++n) {
       const A* edge = own + at.edge + 2 * n * kPair<A>;

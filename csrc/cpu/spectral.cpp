@@ -1,6 +1,8 @@
 // Host side of spectral mixing: plans, checks, allocation, the split of the work over torch's threads.
 #include "spectral.h"
 
+#include <unistd.h>
+
 #include <mutex>
 
 #include "../ops.h"
@@ -32,11 +34,13 @@ Tensor with_channels_last(const Tensor& t) {
   return t.size(3) <= 1 || t.stride(3) == 1 ? t : copy_as(t, contiguous_strides(sizes_of(t)));
 }
 
-// Whether a result is written past the caches: it is large, and every register goes to an address that allows it.
+constexpr int64_t kLineBytes = 64;
+
+// Whether a result is written past the caches: it is large, and every register is a line of it.
 bool streams(const Tensor& out, int64_t lanes) {
   const int64_t bytes = lanes * out.element_size();
-  return out.numel() * int64_t(out.element_size()) >= kStreamBytes && int64_t(out.data_ptr()) % bytes == 0 &&
-         out.size(3) % lanes == 0;
+  return bytes == kLineBytes && out.numel() * int64_t(out.element_size()) >= kStreamBytes &&
+         int64_t(out.data_ptr()) % bytes == 0 && out.size(3) % lanes == 0;
 }
 
 Tensor fresh(const Dims& sizes, ScalarType dtype) { return empty_strided(sizes, contiguous_strides(sizes), dtype); }
@@ -72,6 +76,15 @@ void* thread_scratch(int64_t bytes) {
 
 int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+// Of the second level of the cache, a core's own.
+int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return found > 0 ? int64_t(found) : int64_t(512) << 10;
+  }();
+  return bytes;
+}
+
 void run(SpectralKernel kernel, const SpectralKernels& kernels, const SpectralProblem& p, bool is_double, int64_t items,
          int64_t cost) {
   const int64_t bytes = kernels.scratch_bytes(p, is_double);
@@ -82,19 +95,24 @@ void run(SpectralKernel kernel, const SpectralKernels& kernels, const SpectralPr
 // The weight's gradient is summed over chunks of images: at most so many, of at least so many images.
 constexpr int64_t kMostChunks = 8, kFewestImages = 4;
 constexpr int64_t kFewChannels = 4;  // and fewer: see fold_of
-constexpr int64_t kGateBytes = 128 << 10, kFewestItems = 32;
+constexpr int64_t kFewestItems = 32;
 
-// Groups of a panel: neighbours in memory are read soon after one another, as far as their gates (and the sums of their
-// gradients) fit in the second level of the cache; and there are some panels and images for every thread.
-int64_t panel_size(const SpectralProblem& p, int64_t lanes, bool is_double, bool sums, int64_t images) {
-  const int64_t places = p.columns->n * (p.rows->n / 2 + 1), groups = divided(p.channels, lanes);
-  const int64_t bytes = places * 2 * lanes * (is_double ? 8 : 4) * (sums ? 2 : 1);
-  return std::clamp<int64_t>(std::min(kGateBytes / bytes, groups * images / kFewestItems), 1, groups);
+// Groups of a panel: neighbours in memory, which are read and written soon after one another, as far as all that they
+// need (gates, sums of their gradients, tokens of this image and the next) fits in the second level of the cache. There
+// are some panels and images (or chunks of them) for every thread.
+int64_t panel_size(const SpectralProblem& p, int64_t lanes, bool is_double, bool backward, int64_t images) {
+  const int64_t register_bytes = lanes * (is_double ? 8 : 4), groups = divided(p.channels, lanes);
+  const int64_t tile = p.columns->n * p.rows->n * register_bytes;
+  const int64_t gate = p.columns->n * (p.rows->n / 2 + 3) * 2 * register_bytes;
+  const int64_t group = backward ? 6 * tile + 2 * gate : 4 * tile + gate;
+  const int64_t most = std::clamp<int64_t>(std::min(l2_bytes() / group, groups * images / kFewestItems), 1, groups);
+  return divided(groups, divided(groups, most));  // panels of a size
 }
 
-void run_gate(SpectralProblem& p, bool is_double) {
+void run_gate(SpectralProblem& p, const Tensor& out, bool is_double) {
   const SpectralKernels& kernels = spectral_kernels(checked_isa());
   const int64_t lanes = kernels.lanes[is_double];
+  p.stream = streams(out, lanes);
   p.panel = panel_size(p, lanes, is_double, false, p.batch);
   const int64_t panels = divided(divided(p.channels, lanes), p.panel);
   run(kernels.gate[is_double], kernels, p, is_double, p.batch * panels, p.rows->n * p.columns->n * lanes * p.panel);
@@ -196,11 +214,7 @@ Tensor spectral_gate_forward(Tensor x, Tensor weight, bool wide) {
   p.x = tokens(in, dtype_index(in, op));
   p.out = tokens(out, dtype_index(out, op));
   p.weight = w.data_ptr();
-  p.chunk = p.batch;
-  const SpectralKernels& kernels = spectral_kernels(checked_isa());
-  const int64_t lanes = kernels.lanes[is_double];
-  run(kernels.gate[is_double], kernels, p, is_double, p.batch * divided(p.channels, lanes),
-      x.size(1) * x.size(2) * lanes);
+  run_gate(p, out, is_double);
   return out;
 }
 
@@ -236,7 +250,7 @@ std::tuple<Tensor, Tensor> spectral_gate_backward(Tensor grad, Tensor x, Tensor 
   const int64_t cost = x.size(1) * x.size(2) * lanes;
   if (!wants_weight) {
     p.x = p.grad;
-    if (wants_x) run_gate(p, is_double);
+    if (wants_x) run_gate(p, grad_x, is_double);
     return {grad_x, grad_weight};
   }
   // Chunks by the size of the batch alone, so that the sum has one order for any number of threads and lanes.

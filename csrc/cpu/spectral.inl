@@ -6,7 +6,7 @@
 // written once. Columns 0 and W / 2 of a real signal's spectrum are spectra of real signals themselves and share one
 // transform. Factors (orthonormal transforms, pairs) are in the gate.
 //
-// Vector additions and multiplications of an image: 8 x 8: 1.2 k, 14 x 14: 7 k, 32 x 32: 37 k; loads and stores come to
+// Vector additions and multiplications of an image: 8 x 8: 1.2 k, 14 x 14: 7 k, 32 x 32: 35 k; loads and stores come to
 // half as many.
 #pragma once
 #include "grid.inl"
@@ -16,20 +16,27 @@ namespace fastcifar::FASTCIFAR_ISA {
 template <class A>
 void spectral_gate(const SpectralProblem& p, int64_t begin, int64_t end, void* scratch) {
   Grid<A> grid(p, scratch);
-  A *const s = grid.s, *const tile = s + grid.at.tile;
+  A *const tile = grid.s + grid.at.tile, *const g = grid.s + grid.at.g;
   int64_t prepared = -1;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t panel = i / p.batch, b = i % p.batch;
-    grid.each_group(panel, [&](int64_t next) {
+    const int64_t panel = i / p.batch, b = i % p.batch, next = i + 1 < end ? i + 1 : i;
+    auto x_ahead = grid.template ahead<0>(p.x, next / p.batch, next % p.batch);
+    auto out_ahead = grid.template ahead<1>(p.stream ? Tokens{} : p.out, next / p.batch, next % p.batch);
+    grid.each_group(panel, [&] {
       if (panel != prepared) grid.prepare_gate();
-      grid.rows_in(p.x, b, tile, next ? next : b + 1 < p.batch ? p.x.image - grid.rewind(panel) : 0, &p.out);
-      grid.edge_forward(tile, s + grid.at.g);
-      grid.gate_edge(tile, s + grid.at.g);
-      for (int n = 1; n <= grid.inner; ++n) grid.template gated_column<kGate>(tile, n);
-      grid.rows_out(tile, p.out, b);
+      grid.rows_in(p.x, b, tile, x_ahead);
+      grid.edge_forward(tile, g);
+      grid.gate_edge(tile, g);
+      for (int n = 1; n <= grid.inner; ++n) {
+        x_ahead.step();
+        out_ahead.step();
+        grid.template gated_column<kGate>(tile, n);
+      }
+      grid.rows_out(tile, p.out, b, out_ahead);
     });
     prepared = panel;
   }
+  if (p.stream) stream_fence();
 }
 
 // Sums conj(spectrum of x) * (spectrum of the gradient) over the images of a chunk, and on the way back gates the
@@ -44,47 +51,43 @@ void spectral_backward(const SpectralProblem& p, int64_t begin, int64_t end, voi
   for (int64_t i = begin; i < end; ++i) {
     const int64_t chunk = i / panels, panel = i % panels, start = chunk * p.chunk;
     const int64_t stop = start + p.chunk < p.batch ? start + p.chunk : p.batch;
-    grid.each_group(panel, [&](int64_t) {
+    grid.each_group(panel, [&] {
       if (p.out.data) grid.prepare_gate();
       memset(grid.own + grid.at.sum, 0, sizeof(A) * all);
     });
     for (int64_t b = start; b < stop; ++b) {
-      grid.each_group(panel, [&](int64_t next) {
+      const int64_t next = b + 1 < stop ? b + 1 : b;
+      auto x_ahead = grid.template ahead<0>(p.x, panel, next), grad_ahead = grid.template ahead<0>(p.grad, panel, next);
+      auto out_ahead = grid.template ahead<1>(p.stream ? Tokens{} : p.out, panel, next);
+      grid.each_group(panel, [&] {
         A* const sum = grid.own + grid.at.sum;
-        const auto ahead = [&](const Tokens& t) {
-          return next ? next : b + 1 < stop ? t.image - grid.rewind(panel) : 0;
-        };
-        grid.rows_in(p.x, b, tile, ahead(p.x), p.out.data && !p.stream ? &p.out : nullptr);
-        grid.rows_in(p.grad, b, other, ahead(p.grad));
+        grid.rows_in(p.x, b, tile, x_ahead);
+        grid.rows_in(p.grad, b, other, grad_ahead);
         grid.edge_forward(tile, f);
         grid.edge_forward(other, g);
-        for (int n = 0; n < grid.h; ++n) {
-          const Z<A> x = load_complex(f + n * kPair<A>), x_mirror = grid.mirrored(f, n);
-          const Z<A> y = load_complex(g + n * kPair<A>), y_mirror = grid.mirrored(g, n);
-          A* const first = sum + n * kPair<A>;
-          store_complex(first, load_complex(first) + conj_times(x + x_mirror, y + y_mirror));
-          if (grid.w % 2) continue;
-          A* const last = first + grid.w / 2 * column;
-          store_complex(last, load_complex(last) + conj_times(x - x_mirror, y - y_mirror));
-        }
+        grid.add_edge_products(f, g, sum);
         if (p.out.data) grid.gate_edge(other, g);
         for (int n = 1; n <= grid.inner; ++n) {
+          x_ahead.step();
           grid.column_forward(tile, n, f);
+          grad_ahead.step();
           if (p.out.data) {
             grid.template gated_column<kGradient>(other, n, f, sum + n * column);
+            out_ahead.step();
           } else {
             grid.column_forward(other, n, g);
             grid.add_products(f, g, sum + n * column);
           }
         }
-        if (p.out.data) grid.rows_out(other, p.out, b);
+        if (p.out.data) grid.rows_out(other, p.out, b, out_ahead);
       });
     }
-    grid.each_group(panel, [&](int64_t) {
+    grid.each_group(panel, [&] {
       const int64_t group = grid.c / kLanes<A>;
       memcpy((A*)p.partial + (chunk * grid.groups + group) * all, grid.own + grid.at.sum, sizeof(A) * all);
     });
   }
+  if (p.stream) stream_fence();
 }
 
 // Chunks in their order, whichever thread made them.
@@ -155,8 +158,9 @@ void spectrum_forward(const SpectralProblem& p, int64_t begin, int64_t end, void
       grid.put(to, z.re);
       grid.put(to + size, z.im);
     };
+    typename Grid<A>::template Ahead<0> x_ahead(grid, p.x, next.b, next.channel, next.channel + grid.count, grid.pairs);
     prefetch_spectrum<1>(p, out);
-    grid.rows_in(p.x, item.b, tile, (next.b - item.b) * p.x.image + next.channel - item.channel);
+    grid.rows_in(p.x, item.b, tile, x_ahead);
     grid.edge_forward(tile, f);
     for (int n = 0; n < grid.h; ++n) {
       const Z<A> z = load_complex(f + n * kPair<A>), m = grid.mirrored(f, n), u = z + m, v = minus_i(z - m);
@@ -185,7 +189,8 @@ void spectrum_inverse(const SpectralProblem& p, int64_t begin, int64_t end, void
     const A* const in = item.place;
     grid.select(item.channel, item.rest);
     prefetch_spectrum<0>(p, next.place);
-    grid.prefetch_image(p.out, item.b);
+    typename Grid<A>::template Ahead<1> out_ahead(grid, p.out, next.b, next.channel, next.channel + grid.count,
+                                                  grid.pairs);
     const auto get = [&](int row, int n) {
       const A* from = in + (int64_t(row) * grid.k + n) * 2 * size;
       return Z<A>{grid.get(from), grid.get(from + size)};
@@ -207,7 +212,7 @@ void spectrum_inverse(const SpectralProblem& p, int64_t begin, int64_t end, void
       }
       grid.column_inverse(tile, n, f);
     }
-    grid.rows_out(tile, p.out, item.b);
+    grid.rows_out(tile, p.out, item.b, out_ahead);
   }
 }
 
