@@ -1,0 +1,5 @@
+"""Fixed point: ``ap_fixed`` to the bit, trainable binary points, and arithmetic whose results have types."""
+
+from .types import FixedType
+
+__all__ = ["FixedType"]
