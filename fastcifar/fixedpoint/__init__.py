@@ -1,6 +1,7 @@
-"""Fixed point: ``ap_fixed`` to the bit, trainable binary points, and arithmetic whose results have types."""
+"""Fixed point: the FPGA tools' ``ap_fixed`` to the bit, and binary points that are trained."""
 
+from . import reference
 from .tensor import FixedTensor
 from .types import FixedType
 
-__all__ = ["FixedTensor", "FixedType"]
+__all__ = ["FixedTensor", "FixedType", "reference"]
