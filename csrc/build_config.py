@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-FAMILIES = ["spiking", "packed", "spectral", "fixedpoint"]  # and what of a family has files of its own
+# And what of a family has files of its own.
+FAMILIES = ["spiking", "packed", "spectral", "fixedpoint", "integer_matmul"]
 ISAS = ["baseline", "avx2", "avx512"]
 
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.

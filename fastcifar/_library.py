@@ -386,6 +386,15 @@ _fixed_quantize_backward_vmap = _fixed_vmap(
 )
 
 
+# ---- fixedpoint: products of integers --------------------------------------------------------------------------------
+
+
+def _integer_conv_fake(x, weight, stride, padding, dilation, groups, wide):
+    sizes = zip(x.shape[1:3], weight.shape[1:3], stride, padding, dilation, strict=True)
+    out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+    return x.new_empty((x.shape[0], *out, weight.shape[0]), dtype=torch.int64 if wide else torch.int32)
+
+
 _define()
 for _op, _fake, _vmap, _source in (
     ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap, "spiking"),
@@ -399,6 +408,7 @@ for _op, _fake, _vmap, _source in (
     ("fixed_quantize", _fixed_quantize_fake, _fixed_quantize_vmap, "fixedpoint"),
     ("fixed_to_raw", _fixed_to_raw_fake, _fixed_to_raw_vmap, "fixedpoint"),
     ("fixed_quantize_backward", _fixed_quantize_backward_fake, _fixed_quantize_backward_vmap, "fixedpoint"),
+    ("integer_conv", _integer_conv_fake, None, "integer_matmul"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
     if _vmap is not None:

@@ -2,6 +2,7 @@
 #pragma once
 #include "common_kernels.h"
 #include "fixedpoint.h"
+#include "integer_matmul.h"
 #include "packed.h"
 #include "spectral.h"
 #include "spiking.h"
@@ -21,6 +22,7 @@ Isa select_isa(int isa);
 
 // One table a family and instruction set.
 const CommonKernels& common_kernels(Isa isa);
+const IntegerKernels& integer_kernels(Isa isa);
 const SpikingKernels& spiking_kernels(Isa isa);
 const PackedKernels& packed_kernels(Isa isa);
 const SpectralKernels& spectral_kernels(Isa isa);

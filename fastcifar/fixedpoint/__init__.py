@@ -1,20 +1,54 @@
-"""Fixed point: the FPGA tools' ``ap_fixed`` to the bit, and binary points that are trained."""
+"""Fixed point: the FPGA tools' ``ap_fixed`` to the bit, binary points that are trained, and networks of such numbers."""
 
-from . import functional, modules, reference
+from . import conversion, functional, integer, layers, modules, products, reference, tensor, types
+from .casting import FixedCast, FixedInput
+from .conversion import FixedConfig, convert
 from .functional import OVERFLOWS, ROUNDINGS, from_raw, quantize, quantize_trainable, to_raw
+from .layers import (
+    FixedAdd,
+    FixedAvgPool2d,
+    FixedBatchNorm2d,
+    FixedConv2d,
+    FixedFlatten,
+    FixedLinear,
+    FixedMaxPool2d,
+    FixedReLU,
+)
 from .modules import FixedPoint, PowerOfTwo, limit_digits
+from .tensor import FixedTensor
+from .types import FixedType
 
 __all__ = [
     "OVERFLOWS",
     "ROUNDINGS",
+    "FixedAdd",
+    "FixedAvgPool2d",
+    "FixedBatchNorm2d",
+    "FixedCast",
+    "FixedConfig",
+    "FixedConv2d",
+    "FixedFlatten",
+    "FixedInput",
+    "FixedLinear",
+    "FixedMaxPool2d",
     "FixedPoint",
+    "FixedReLU",
+    "FixedTensor",
+    "FixedType",
     "PowerOfTwo",
+    "conversion",
+    "convert",
     "from_raw",
     "functional",
+    "integer",
+    "layers",
     "limit_digits",
     "modules",
+    "products",
     "quantize",
     "quantize_trainable",
     "reference",
+    "tensor",
     "to_raw",
+    "types",
 ]

@@ -5,6 +5,7 @@
 #define FASTCIFAR_VECTOR_BYTES 32
 #include "../common_kernels.inl"
 #include "../fixedpoint.inl"
+#include "../integer_matmul.inl"
 #include "../packed.inl"
 #include "../spectral.inl"
 #include "../spiking.inl"
