@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-FAMILIES = ["spiking", "packed", "spectral"]  # and what of a family has files of its own
+FAMILIES = ["spiking", "packed", "spectral", "integer_matmul"]  # and what of a family has files of its own
 ISAS = ["baseline", "avx2", "avx512"]
 
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.

@@ -55,6 +55,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("spectrum_forward", TORCH_BOX(&fastcifar::spectrum_forward));
   m.impl("spectrum_inverse", TORCH_BOX(&fastcifar::spectrum_inverse));
   m.impl("spectrum_real_parts", TORCH_BOX(&fastcifar::spectrum_real_parts));
+  // fixedpoint
+  m.impl("integer_conv", TORCH_BOX(&fastcifar::integer_conv));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -32,4 +32,8 @@ Tensor spectrum_forward(Tensor x, int64_t blocks, double inner);
 Tensor spectrum_inverse(Tensor spectrum, int64_t width, double inner);
 Tensor spectrum_real_parts(Tensor half, int64_t channels);
 
+// fixedpoint
+Tensor integer_conv(Tensor x, Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                    std::vector<int64_t> dilation, int64_t groups, bool wide);
+
 }  // namespace fastcifar

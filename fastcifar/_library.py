@@ -327,6 +327,15 @@ def _spectrum_inverse_vmap(info, in_dims, spectrum, width, inner):
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
+# ---- fixedpoint: products of integers --------------------------------------------------------------------------------
+
+
+def _integer_conv_fake(x, weight, stride, padding, dilation, groups, wide):
+    sizes = zip(x.shape[1:3], weight.shape[1:3], stride, padding, dilation, strict=True)
+    out = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes]
+    return x.new_empty((x.shape[0], *out, weight.shape[0]), dtype=torch.int64 if wide else torch.int32)
+
+
 _define()
 for _op, _fake, _vmap, _source in (
     ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap, "spiking"),
@@ -337,6 +346,7 @@ for _op, _fake, _vmap, _source in (
     ("spectrum_forward", _spectrum_forward_fake, _spectrum_forward_vmap, "spectral"),
     ("spectrum_inverse", _spectrum_inverse_fake, _spectrum_inverse_vmap, "spectral"),
     ("spectrum_real_parts", _spectrum_real_parts_fake, _spectrum_real_parts_vmap, "spectral"),
+    ("integer_conv", _integer_conv_fake, None, "integer_matmul"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
     if _vmap is not None:

@@ -30,6 +30,7 @@ namespace fastcifar {
 #endif
 
 FC_TABLES(common_kernels, CommonKernels)
+FC_TABLES(integer_kernels, IntegerKernels)
 FC_TABLES(spiking_kernels, SpikingKernels)
 FC_TABLES(packed_kernels, PackedKernels)
 FC_TABLES(spectral_kernels, SpectralKernels)

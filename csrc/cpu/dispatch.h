@@ -1,6 +1,7 @@
 // Which instruction set serves the raw kernels: the best one the machine has, unless FASTCIFAR_CPU_ISA names another.
 #pragma once
 #include "common_kernels.h"
+#include "integer_matmul.h"
 #include "packed.h"
 #include "spectral.h"
 #include "spiking.h"
@@ -20,6 +21,7 @@ Isa select_isa(int isa);
 
 // One table a family and instruction set.
 const CommonKernels& common_kernels(Isa isa);
+const IntegerKernels& integer_kernels(Isa isa);
 const SpikingKernels& spiking_kernels(Isa isa);
 const PackedKernels& packed_kernels(Isa isa);
 const SpectralKernels& spectral_kernels(Isa isa);

@@ -4,6 +4,7 @@
 #define FASTCIFAR_ISA avx2
 #define FASTCIFAR_VECTOR_BYTES 32
 #include "../common_kernels.inl"
+#include "../integer_matmul.inl"
 #include "../packed.inl"
 #include "../spectral.inl"
 #include "../spiking.inl"
