@@ -6,7 +6,6 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from torch import Tensor
@@ -64,7 +63,8 @@ def headers() -> Path:
         >>> (headers() / "ap_fixed.h").exists()
         True
     """
-    return Path(str(files("fastcifar.fixedpoint.headers")))
+    installed = Path(__file__).parent / "headers"  # pyproject.toml maps csrc/fixedpoint there
+    return installed if installed.exists() else Path(__file__).parents[2] / "csrc" / "fixedpoint"
 
 
 def write(folder: Path, network: Network, inputs: Tensor, outputs: Tensor) -> None:
