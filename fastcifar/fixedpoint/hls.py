@@ -11,20 +11,25 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import layers as fixed
+from .casting import FixedInput
 from .hls_code import Constants, Layer, Network, headers, write
 from .tensor import FixedTensor
 from .types import FixedType, common
 
 __all__ = ["headers", "to_hls"]
 
-_KEYWORDS = """
-alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr const_cast
-continue decltype default delete do double dynamic_cast else enum explicit export extern false float for friend goto if
-inline int int64_t long main mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
-public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template this
-thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq
-net layers
-""".split()
+# What a name must not be: keywords of C++, names that are taken, and namespaces of the project.
+_KEYWORDS = re.findall(
+    r"\w+",
+    """
+    alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr const_cast
+    continue decltype default delete do double dynamic_cast else enum explicit export extern false float for friend goto if
+    inline int int64_t long main mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
+    public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template this
+    thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq
+    net layers
+    """,
+)
 _ENDINGS = ("_t", "_sum_t", "_shape", "_weight", "_bias", "_scale", "_shift", "_reciprocal", "_y")
 _PASSED_ON = (nn.Flatten, nn.Identity, nn.Dropout)
 
@@ -62,7 +67,7 @@ def to_hls(
     Example:
         >>> import tempfile, torch
         >>> from fastcifar.fixedpoint.hls import to_hls
-        >>> from fastcifar.fixedpoint.layers import FixedInput, FixedReLU
+        >>> from fastcifar.fixedpoint import FixedInput, FixedReLU
         >>> net = torch.nn.Sequential(FixedInput(8, frac_bits=4), FixedReLU(width=4, frac_bits=2)).eval()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     types = to_hls(net, folder, torch.randn(2, 5))
@@ -87,7 +92,9 @@ def to_hls(
         reader = _Reader(graph)
         result = reader.run(example_input)
     if not isinstance(result, FixedTensor) or not reader.layers:
-        raise ValueError("to_hls: expected a model that returns one fixed-point tensor of some layer, got another result")
+        raise ValueError(
+            "to_hls: expected a model that returns one fixed-point tensor of some layer, got another result"
+        )
     first = reader.input
     assert first is not None
     network = Network(name, first.type, tuple(first.shape[1:]), reader.layers, reader.names[id(result)])
@@ -116,8 +123,8 @@ def _empty_folder(folder: str | Path) -> Path:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return type(m) in _READERS or isinstance(m, (*_PASSED_ON, fixed.FixedInput)) or super().is_leaf_module(
-            m, qualified_name
+        return (
+            type(m) in _READERS or isinstance(m, (*_PASSED_ON, FixedInput)) or super().is_leaf_module(m, qualified_name)
         )
 
 
@@ -164,7 +171,7 @@ class _Reader(fx.Interpreter):
     def call_module(self, target, args, kwargs):
         module = self.fetch_attr(target)
         where = f"{target}, a {type(module).__name__}"
-        if isinstance(module, fixed.FixedInput) and len(args) == 1 and isinstance(args[0], Tensor):
+        if isinstance(module, FixedInput) and len(args) == 1 and isinstance(args[0], Tensor):
             return self._start(module(*args))
         if not args or kwargs or not all(isinstance(arg, FixedTensor) for arg in args):
             raise ValueError(f"to_hls: expected fixed-point tensors for {where}; start the network with a FixedInput")

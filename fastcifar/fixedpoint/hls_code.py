@@ -170,7 +170,15 @@ def _layer(network: Network, layer: Layer) -> Iterator[str]:
 
 
 def _source(network: Network) -> str:
-    lines = [f'#include "{network.name}.h"', "", '#include "layers.h"', '#include "weights.h"', "", "namespace net {", ""]
+    lines = [
+        f'#include "{network.name}.h"',
+        "",
+        '#include "layers.h"',
+        '#include "weights.h"',
+        "",
+        "namespace net {",
+        "",
+    ]
     for layer in network.layers:
         lines += _layer(network, layer)
     lines += ["}  // namespace net", ""]
@@ -188,7 +196,9 @@ def _source(network: Network) -> str:
 
 def _integers(raw: Tensor) -> list[str]:
     least = -(1 << 63)  # no literal of C++ has this value
-    return ["-9223372036854775807LL - 1" if r == least else f"{r}{'' if abs(r) < 1 << 31 else 'LL'}" for r in raw.tolist()]
+    return [
+        "-9223372036854775807LL - 1" if r == least else f"{r}{'' if abs(r) < 1 << 31 else 'LL'}" for r in raw.tolist()
+    ]
 
 
 def _test_data(network: Network, inputs: Tensor, outputs: Tensor) -> str:
@@ -227,7 +237,8 @@ int main() {{
       const net::output_t expected = of_bits<net::output_t>(recorded_outputs[n][i]);
       if (y[i] == expected) continue;
       if (++different <= 10)
-        std::printf("example %d, output %d: expected %.17g, got %.17g\\n", n, i, expected.to_double(), y[i].to_double());
+        std::printf("example %d, output %d: expected %.17g, got %.17g\\n", n, i, expected.to_double(),
+                    y[i].to_double());
     }}
   }}
   std::printf("%ld of %ld outputs differ\\n", different, long({count}) * net::output_size);
@@ -252,12 +263,15 @@ test_bench: test_bench.cpp {network.name}.cpp $(wildcard *.h)
 
 
 def _readme(network: Network, count: int) -> str:
-    rows = [f"| {layer.name} | {layer.description} | {_shape(layer.shape)} | `{layer.type}` |" for layer in network.layers]
-    return f"""\
+    rows = [
+        f"| {layer.name} | {layer.description} | {_shape(layer.shape)} | `{layer.type}` |" for layer in network.layers
+    ]
+    return (
+        f"""\
 # {network.name}
 
-A fixed-point network as C++ over `ap_fixed` types, written by fastcifar. `make test` compiles it and runs {count} recorded
-examples through it; it fails where any bit differs from PyTorch's result. `make test AP_TYPES=folder` takes
+A fixed-point network as C++ over `ap_fixed` types, written by fastcifar. `make test` compiles it and runs {count}
+recorded examples through it; it fails where any bit differs from PyTorch's result. `make test AP_TYPES=folder` takes
 `ap_fixed.h` from another folder, such as the FPGA tool's `include`.
 
 For synthesis: top function `{network.name}` in `{network.name}.cpp`, test bench `test_bench.cpp`.
@@ -265,4 +279,7 @@ For synthesis: top function `{network.name}` in `{network.name}.cpp`, test bench
 | layer | | output | type |
 | --- | --- | --- | --- |
 | input | | {_shape(network.input_shape)} | `{network.input_type}` |
-""" + "\n".join(rows) + "\n"
+"""
+        + "\n".join(rows)
+        + "\n"
+    )
