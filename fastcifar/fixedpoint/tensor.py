@@ -21,6 +21,15 @@ def storage_dtype(type: FixedType) -> torch.dtype:
     return torch.int16 if bits <= 16 else torch.int32 if bits <= 32 else torch.int64
 
 
+def _passed_on(name: str) -> Callable[..., FixedTensor]:
+    def method(self: FixedTensor, *args: Any, **kwargs: Any) -> FixedTensor:
+        return FixedTensor.trusted(getattr(self.raw, name)(*args, **kwargs), self.type)
+
+    method.__name__, method.__qualname__ = name, f"FixedTensor.{name}"
+    method.__doc__ = f"``torch.Tensor.{name}`` of the stored integers."
+    return method
+
+
 class FixedTensor:
     """Numbers ``raw * 2 ** -type.frac_bits``, as integers with a type.
 
@@ -268,6 +277,17 @@ class FixedTensor:
     def device(self) -> torch.device:
         return self.raw.device
 
+    view = _passed_on("view")
+    reshape = _passed_on("reshape")
+    flatten = _passed_on("flatten")
+    permute = _passed_on("permute")
+    transpose = _passed_on("transpose")
+    unsqueeze = _passed_on("unsqueeze")
+    squeeze = _passed_on("squeeze")
+    expand = _passed_on("expand")
+    movedim = _passed_on("movedim")
+    contiguous = _passed_on("contiguous")
+
     def dim(self) -> int:
         return self.raw.dim()
 
@@ -285,18 +305,3 @@ class FixedTensor:
 
     def __repr__(self) -> str:
         return f"FixedTensor({self.float(torch.float64).tolist()}, {self.type})"
-
-
-def _passed_on(name: str) -> Callable[..., FixedTensor]:
-    def method(self: FixedTensor, *args: Any, **kwargs: Any) -> FixedTensor:
-        return FixedTensor.trusted(getattr(self.raw, name)(*args, **kwargs), self.type)
-
-    method.__name__, method.__qualname__ = name, f"FixedTensor.{name}"
-    method.__doc__ = f"``torch.Tensor.{name}`` of the stored integers."
-    return method
-
-
-for _name in (
-    *("view", "reshape", "flatten", "permute", "transpose", "unsqueeze", "squeeze", "expand", "movedim", "contiguous"),
-):
-    setattr(FixedTensor, _name, _passed_on(_name))
