@@ -22,16 +22,16 @@ __all__ = ["headers", "to_hls"]
 _KEYWORDS = re.findall(
     r"\w+",
     """
-    alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr const_cast
-    continue decltype default delete do double dynamic_cast else enum explicit export extern false float for friend goto if
-    inline int int64_t long main mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected
-    public register reinterpret_cast return short signed sizeof static static_assert static_cast struct switch template this
-    thread_local throw true try typedef typeid typename union unsigned using virtual void volatile wchar_t while xor xor_eq
-    net layers
+    alignas alignof and and_eq asm auto bitand bitor bool break case catch char class compl const constexpr
+    const_cast continue decltype default delete do double dynamic_cast else enum explicit export extern false float
+    for friend goto if inline int int64_t long main mutable namespace new noexcept not not_eq nullptr operator or
+    or_eq private protected public register reinterpret_cast return short signed sizeof static static_assert
+    static_cast struct switch template this thread_local throw true try typedef typeid typename union unsigned using
+    virtual void volatile wchar_t while xor xor_eq net layers
     """,
 )
 _ENDINGS = ("_t", "_sum_t", "_shape", "_weight", "_bias", "_scale", "_shift", "_reciprocal", "_y")
-_PASSED_ON = (nn.Flatten, nn.Identity, nn.Dropout)
+_PASSED_ON = (nn.Flatten, nn.Identity)
 
 
 def to_hls(
@@ -48,7 +48,7 @@ def to_hls(
     Args:
         model: of fixed-point layers in evaluation mode, with one input and one output, that ``torch.fx`` can trace:
             FixedInput (first, where examples are floats), FixedConv2d, FixedLinear, FixedBatchNorm2d, FixedReLU,
-            FixedAdd, FixedAvgPool2d, FixedMaxPool2d, FixedFlatten; flatten, identity and dropout pass numbers on.
+            FixedAdd, FixedAvgPool2d, FixedMaxPool2d, FixedFlatten; flatten and identity pass numbers on.
         folder: where to write; made if it is not there, else empty.
         example_input: examples ``[N, ...]``, N at least 1, which the test bench repeats.
         name: of the top function. Default ``"model"``.
@@ -177,7 +177,7 @@ class _Reader(fx.Interpreter):
             raise ValueError(f"to_hls: expected fixed-point tensors for {where}; start the network with a FixedInput")
         if isinstance(module, nn.Flatten):
             return self._flat(module(*args), args[0], where)
-        if isinstance(module, (nn.Identity, nn.Dropout)):
+        if isinstance(module, nn.Identity):
             return args[0]
         read = _READERS.get(type(module))
         if read is None:
