@@ -1,6 +1,7 @@
 """to_hls: the C++ that it writes compiles and gives PyTorch's numbers to the bit; what it refuses.
 
-FASTCIFAR_AP_TYPES=folder in the environment also compiles every project with the ap_fixed.h in that folder (the FPGA tool's own).
+FASTCIFAR_AP_TYPES=folder in the environment also compiles every project with the ap_fixed.h in that folder, the FPGA
+tool's own.
 """
 
 import os
@@ -18,6 +19,7 @@ from fastcifar.fixedpoint import (
     FixedAdd,
     FixedAvgPool2d,
     FixedBatchNorm2d,
+    FixedConfig,
     FixedConv2d,
     FixedFlatten,
     FixedInput,
@@ -26,6 +28,7 @@ from fastcifar.fixedpoint import (
     FixedReLU,
     FixedTensor,
     FixedType,
+    convert,
 )
 from fastcifar.fixedpoint.hls import headers, to_hls
 
@@ -166,14 +169,14 @@ def test_every_mode_gives_the_same_bits(tmp_path):
 @needs_compiler
 @pytest.mark.parametrize("seed", range(6))
 def test_random_networks_give_the_same_bits(tmp_path, seed):
-    """Widths from 1 to 24 bits, pools of all sizes, with and without bias, wherever the binary points end up."""
+    """Widths to 24 bits, weights of one bit, all pools, with and without bias, wherever the binary points end up."""
     torch.manual_seed(seed)
 
     def pick(*choices):
         return choices[torch.randint(len(choices), ()).item()]
 
     def options():
-        return {"width": pick(2, 5, 8, 13, 24), "rounding": pick(*ROUNDINGS), "overflow": pick(*OVERFLOWS[:4])}
+        return {"width": pick(4, 6, 8, 13, 24), "rounding": pick(*ROUNDINGS), "overflow": pick(*OVERFLOWS[:4])}
 
     channels, groups = 2 * pick(1, 2, 3), pick(1, 2)
     model = nn.Sequential(
@@ -190,7 +193,30 @@ def test_random_networks_give_the_same_bits(tmp_path, seed):
     features = model.train()(x).shape[1]
     model.append(FixedLinear(features, 5, bias=pick(True, False), **options()))
     to_hls(_trained(model, x), tmp_path, x[:3], name="network")
+    assert len(model(x[:3]).raw.unique()) > 3
     _assert_same_bits(tmp_path, 15)
+
+
+@needs_compiler
+def test_a_converted_network_gives_the_same_bits(tmp_path):
+    torch.manual_seed(2)
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+            self.conv, self.norm = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+            self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(6, 10)
+
+        def forward(self, x):
+            x = self.stem(x)
+            x = (self.norm(self.conv(x)) + x).relu()
+            return self.head(self.pool(torch.max_pool2d(x, 2)).flatten(1))
+
+    x = torch.randn(8, 3, 8, 8)
+    fixed = convert(Residual().eval(), FixedConfig(width=6), x)
+    to_hls(fixed, tmp_path, x)
+    _assert_same_bits(tmp_path, 80)
 
 
 @needs_compiler

@@ -9,12 +9,32 @@
 
 namespace layers {
 
+template <class T>
+T of_bits(long long raw) {
+  T number = 0;
+  number.range(T::width - 1, 0) = raw;
+  return number;
+}
+
+// Parameters kept as plain integers: a large array of ap_fixed is initialized by code, which compilers take minutes
+// for.
+template <class T, class Raw>
+struct Stored {
+  const Raw* raw;
+  T operator[](int i) const { return of_bits<T>(raw[i]); }
+};
+
+template <class T, class Raw>
+Stored<T, Raw> stored(const Raw* raw) {
+  return Stored<T, Raw>{raw};
+}
+
 struct NoBias {
   int operator[](int) const { return 0; }
 };
 
 template <class S, class Sum, class X, class W, class B, class Y>
-void conv2d(const X* x, const W* weight, const B& bias, Y* y) {
+void conv2d(const X* x, const W& weight, const B& bias, Y* y) {
   enum { inputs = S::channels / S::groups, outputs = S::out_channels / S::groups };
   for (int o = 0; o < S::out_channels; ++o) {
     const int first = o / outputs * inputs;
@@ -40,7 +60,7 @@ void conv2d(const X* x, const W* weight, const B& bias, Y* y) {
 }
 
 template <class S, class Sum, class X, class W, class B, class Y>
-void linear(const X* x, const W* weight, const B& bias, Y* y) {
+void linear(const X* x, const W& weight, const B& bias, Y* y) {
   for (int o = 0; o < S::outputs; ++o) {
     Sum sum = bias[o];
     for (int k = 0; k < S::inputs; ++k) sum += x[k] * weight[o * S::inputs + k];
@@ -50,7 +70,7 @@ void linear(const X* x, const W* weight, const B& bias, Y* y) {
 
 // Batch normalization of a trained network: a factor and a shift for each channel.
 template <class S, class X, class A, class B, class Y>
-void batch_norm(const X* x, const A* scale, const B* shift, Y* y) {
+void batch_norm(const X* x, const A& scale, const B& shift, Y* y) {
   for (int c = 0; c < S::channels; ++c)
     for (int i = 0; i < S::size; ++i) y[c * S::size + i] = x[c * S::size + i] * scale[c] + shift[c];
 }
@@ -67,7 +87,7 @@ void add(const A* a, const B* b, Y* y) {
 
 // The mean over windows that do not overlap: an exact sum times the reciprocal of the window's size.
 template <class S, class Sum, class X, class R, class Y>
-void avg_pool2d(const X* x, const R* reciprocal, Y* y) {
+void avg_pool2d(const X* x, const R& reciprocal, Y* y) {
   for (int c = 0; c < S::channels; ++c) {
     for (int i = 0; i < S::out_height; ++i) {
       for (int j = 0; j < S::out_width; ++j) {

@@ -13,7 +13,6 @@ from torch import Tensor
 from .types import FixedType
 
 HEADERS = ("ap_fixed.h", "recast.h")
-EXACT_LITERAL = 53  # bits of a double: a number of as many bits is written as a decimal that means it exactly
 
 
 @dataclass(frozen=True)
@@ -122,25 +121,26 @@ def _header(network: Network) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _value(raw: int, type: FixedType) -> str:
-    value = math.ldexp(raw, -type.frac_bits)
-    return str(int(value)) if value.is_integer() and abs(value) < 1 << 31 else repr(value)
+def _container(type: FixedType) -> str:
+    """The narrowest integer type of C++ that holds what ``type`` stores."""
+    bits = type.width + (not type.signed)
+    return next(
+        name for most, name in ((8, "signed char"), (16, "short"), (32, "int"), (64, "long long")) if bits <= most
+    )
 
 
 def _weights(network: Network) -> str:
-    lines = ["// The network's parameters, as decimals that mean them exactly.", "#pragma once", ""]
+    lines = ["// The network's parameters as the integers that their types store.", "#pragma once", ""]
     lines += ['#include "ap_fixed.h"', "", "namespace net {", ""]
     for layer in network.layers:
         for name, constants in layer.parameters.items():
             if constants is None:
                 continue
             full = f"{layer.name}_{name}"
-            values = [_value(raw, constants.type) for raw in constants.raw.flatten().tolist()]
             lines += [
-                f"// {_shape(constants.raw.shape)}",
-                f"typedef {constants.type} {full}_t;",
-                f"static const {full}_t {full}[{len(values)}] = {{",
-                _joined(values) + "};",
+                f"typedef {constants.type} {full}_t;  // {_shape(constants.raw.shape)}",
+                f"static const {_container(constants.type)} {full}[{constants.raw.numel()}] = {{",
+                _joined(_integers(constants.raw.flatten())) + "};",
                 "",
             ]
     return "\n".join([*lines, "}  // namespace net"]) + "\n"
@@ -163,7 +163,10 @@ def _layer(network: Network, layer: Layer) -> Iterator[str]:
                  for letter, name in zip(letters, layer.inputs, strict=True)]  # fmt: skip
     yield f"static void {layer.name}({', '.join(arguments)}, {layer.name}_t y[{_size(layer.shape)}]) {{"
     template = f"{layer.name}_shape" + (f", {layer.name}_sum_t" if layer.sum_type is not None else "")
-    passed = [f"{layer.name}_{key}" if constants else "layers::NoBias()" for key, constants in layer.parameters.items()]
+    passed = [
+        f"layers::stored<{layer.name}_{key}_t>({layer.name}_{key})" if constants else "layers::NoBias()"
+        for key, constants in layer.parameters.items()
+    ]
     yield f"  layers::{layer.function}<{template}>({', '.join([*letters, *passed, 'y'])});"
     yield "}"
     yield ""
@@ -217,14 +220,10 @@ def _test_bench(network: Network, count: int) -> str:
 #include <cstdio>
 
 #include "{network.name}.h"
+#include "layers.h"
 #include "test_data.h"
 
-template <class T>
-static T of_bits(long long raw) {{
-  T number = 0;
-  number.range(T::width - 1, 0) = raw;
-  return number;
-}}
+using layers::of_bits;
 
 int main() {{
   static net::input_t x[net::input_size];
