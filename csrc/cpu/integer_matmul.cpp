@@ -23,6 +23,20 @@ int64_t largest(const Tensor& t) {
 
 Tensor in_one_piece(const Tensor& t) { return t.is_contiguous() ? t : copy_as(t, contiguous_strides(sizes_of(t))); }
 
+// Memory of a thread's own, kept from call to call: fresh pages cost more than the packing that fills them. One for
+// each Use, since the thread that calls holds the packed weight while it gathers rows.
+enum class Use { kPacked, kGathered };
+template <Use use>
+void* thread_memory(int64_t bytes) {
+  thread_local int64_t held = 0;
+  thread_local std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+  if (held < bytes) {
+    memory = aligned_scratch(bytes);
+    held = bytes;
+  }
+  return memory.get();
+}
+
 // [outputs, 1, kernel...] as [kernel..., outputs]: the channels are then neighbours.
 Tensor with_outputs_last(const Tensor& weight) {
   const int64_t outputs = weight.size(0), taps = weight.numel() / outputs;
@@ -87,15 +101,13 @@ Tensor integer_conv(Tensor x, Tensor weight, std::vector<int64_t> stride, std::v
                  [&](int64_t begin, int64_t end) { kernels.depthwise[wide](p, begin, end); });
     return result;
   }
-  const auto packed = aligned_scratch(kernels.packed_pairs(p) * 4);
-  p.packed = (int32_t*)packed.get();
+  p.packed = (int32_t*)thread_memory<Use::kPacked>(kernels.packed_pairs(p) * 4);
   const int64_t blocks = kernels.blocks(p), cost = kernels.packed_pairs(p) / blocks;
   parallel_for(blocks, kGrain / cost + 1, [&](int64_t begin, int64_t end) { kernels.pack(p, begin, end); });
   const int64_t tiles = (p.rows() + kernels.tile_rows - 1) / kernels.tile_rows;
   const int64_t work = kernels.tile_rows * p.depth() * (p.outputs / groups) / 32 + 1;
   parallel_for(tiles * groups, kGrain / work + 1, [&](int64_t begin, int64_t end) {
-    const auto scratch = aligned_scratch(kernels.scratch_bytes(p));
-    kernels.product[wide](p, begin, end, scratch.get());
+    kernels.product[wide](p, begin, end, thread_memory<Use::kGathered>(kernels.scratch_bytes(p)));
   });
   return result;
 }

@@ -148,7 +148,7 @@ static void integer_pack(const IntegerConv& p, int64_t begin, int64_t end) {
     const int64_t first = block % blocks * kTileColumns;
     const int64_t columns = outputs - first < kTileColumns ? outputs - first : kTileColumns;
     const int16_t* from = p.weight + (block / blocks * outputs + first) * depth;
-    memset(to, 0, pairs * kTileColumns * 4);
+    if (columns < kTileColumns) memset(to, 0, pairs * kTileColumns * 4);
     for (int64_t k = 0; k < depth / 2; ++k)
       for (int64_t c = 0; c < columns; ++c) memcpy(to + k * kTileColumns + c, from + c * depth + 2 * k, 4);
     if (depth % 2)
