@@ -18,6 +18,15 @@ DATA = Path(__file__).parent / "data"
 Q = ("AP_RND", "AP_RND_ZERO", "AP_RND_MIN_INF", "AP_RND_INF", "AP_RND_CONV", "AP_TRN", "AP_TRN_ZERO")
 O = ("AP_SAT", "AP_SAT_ZERO", "AP_SAT_SYM", "AP_WRAP", "AP_WRAP_SM")  # noqa: E741
 COMPILER = shutil.which("g++") or shutil.which("c++")
+# g++ alone may come without the sanitizer's library.
+UBSAN = (
+    ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    if COMPILER
+    and Path(
+        subprocess.run([COMPILER, "-print-file-name=libubsan.so"], capture_output=True, text=True).stdout.strip()
+    ).is_absolute()
+    else []
+)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 # Bits go out by range(), as in a program that is to compile with the FPGA tool's own headers too.
@@ -121,7 +130,7 @@ extern "C" uint64_t {name}(uint64_t a, uint64_t b) {{
   return bits_of(result);
 }}""")
     flags = ["-Wno-parentheses", *(["-DAP_FIXED_SIMULATOR_DIVISION"] if as_simulated else [])]
-    library = _build(folder, f"arithmetic_{as_simulated}", lines, *flags)
+    library = _build(folder, f"arithmetic_{as_simulated}", lines, *flags, *UBSAN)
     exceptions = 0
     for a, raw_a, b, raw_b, results in _arithmetic_rows():
         for op, (width, _, _, raw) in results.items():
@@ -177,12 +186,12 @@ def test_formats_up_to_64_bits_beside_exact_fractions(folder):
         width = random.choice([1, 2, 31, 33, 47, 53, 54, 62, 63, 64])
         formats.append((width, random.randint(-8, 70), signed, k % 7, o, random.choice([0, 1, 3, width]) % (width + 1)))
     lines = [_entry(way, k, f) for k, f in enumerate(formats) for way in ("cast", "recast")]
-    library = _build(folder, "wide", lines, "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
+    library = _build(folder, "wide", lines, *UBSAN)
     for k, f in enumerate(formats):
         unit = 2.0 ** (f[1] - f[0])
         near = [s * (i + t) * unit for s in (1, -1) for i in (0, 1, 2, 5, 2.0**20) for t in (0, 0.25, 0.5, 0.75)]
         edges = [
-            s * 2.0 ** (f[1] + e) + t * unit for s in (1, -1) for e in (-1, 0, 1, 40) for t in (-1, -0.5, 0, 0.5, 1)
+            s * 2.0 ** (f[1] + e) + t * unit for s in (1, -1) for e in (-1, 0, 1, 40, 70) for t in (-1, -0.5, 0, 0.5, 1)
         ]
         far = [random.choice((1, -1)) * random.random() * 2.0 ** random.randint(-90, 110) for _ in range(60)]
         x = np.array([*near, *edges, *far, 5e-324, -5e-324, 1.7e308, -1.7e308, -0.0])
@@ -214,7 +223,7 @@ extern "C" void operators_{i}_{j}(uint64_t bits_a, uint64_t bits_b, double* out)
   for (double r : results) *out++ = r;
 }}""")
             cases.append((i, j, a, b))
-    library = _build(folder, "operators", lines)
+    library = _build(folder, "operators", lines, *UBSAN)
 
     def of_bits(bits, t):
         raw = bits - (1 << t[0]) if t[2] and bits >> (t[0] - 1) else bits
@@ -248,10 +257,19 @@ def test_nan_and_infinity_have_a_rule(folder):
     out = np.empty(3, np.uint64)
     formats = {"saturating": (8, 4, 1, 0, 0), "wrapping": (8, 4, 1, 0, 3), "symmetric": (8, 4, 1, 0, 2)}
     lines = [_entry("cast", name, f) for name, f in formats.items()]
-    library = _build(folder, "infinite", lines)
+    library = _build(folder, "infinite", lines, *UBSAN)
     for name, expected in {"saturating": [0, 127, 128], "wrapping": [0, 0, 0], "symmetric": [0, 127, 129]}.items():
         _run(getattr(library, f"cast_{name}"), x, out)
         assert out.tolist() == expected
+
+
+def test_a_tie_at_the_lowest_of_128_bits(folder):
+    lines = [
+        f'extern "C" int tie_{q}() {{ return ap_fixed<8, 8, {Q[q]}>(ap_fixed<128, 0>(-0.5)).to_int(); }}'
+        for q in range(7)
+    ]
+    library = _build(folder, "tie", lines, *UBSAN)
+    assert [getattr(library, f"tie_{q}")() for q in range(7)] == [0, 0, -1, -1, 0, -1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // ap_fixed<W, I, Q, O, N> and ap_ufixed<W, I, Q, O, N>: the subset of AMD's (Xilinx's) published fixed-point types that
 // fastcifar's generated code uses, with the same results to the bit, so that a design can be compiled and checked where
-// the FPGA tool's headers are not at hand. Written anew from the published semantics; C++14, g++ or clang++.
+// the FPGA tool's headers are not at hand. Written anew from the published semantics; C++14 with g++.
 //
 // W bits of which I are integer bits (with the sign): the number is raw * 2^(I - W). Q and O say what assignment does
 // with bits that have no place: recast.h. + - * / and unary - give a type that holds the exact result, except that a
-// quotient is cut toward zero to the dividend's fractional bits (see below); so only assignment rounds or overflows.
+// quotient is cut toward zero to the dividend's fractional bits; so only assignment rounds or overflows.
 // << and >> move the bits within the type and let those fall that leave it.
 //
 // Here, not there: a new number is 0; no type, intermediate results included, may exceed 128 bits; no mixed arithmetic
@@ -14,6 +15,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "recast.h"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // The layers of a network over ap_fixed types, for one example at a time. to_hls() puts this file beside the model that
 // it writes; the arithmetic is exact up to the one assignment to y, which rounds and overflows by y's own type.
 //

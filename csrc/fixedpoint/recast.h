@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
 // From one fixed-point grid to another: what ap_fixed does when a number is assigned, on plain integers.
 //
 // A number is raw * 2^-frac, raw an integer. recast() gives the raw of the same number in another format in two steps:
