@@ -1,9 +1,10 @@
 """Fixed point: the FPGA tools' ``ap_fixed`` to the bit, binary points that are trained, and networks of such numbers."""
 
-from . import conversion, functional, integer, layers, modules, products, reference, tensor, types
+from . import conversion, functional, hls, integer, layers, modules, products, reference, tensor, types
 from .casting import FixedCast, FixedInput
 from .conversion import FixedConfig, convert
 from .functional import OVERFLOWS, ROUNDINGS, from_raw, quantize, quantize_trainable, to_raw
+from .hls import to_hls
 from .layers import (
     FixedAdd,
     FixedAvgPool2d,
@@ -40,6 +41,7 @@ __all__ = [
     "convert",
     "from_raw",
     "functional",
+    "hls",
     "integer",
     "layers",
     "limit_digits",
@@ -49,6 +51,7 @@ __all__ = [
     "quantize_trainable",
     "reference",
     "tensor",
+    "to_hls",
     "to_raw",
     "types",
 ]
