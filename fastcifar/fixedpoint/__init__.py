@@ -1,4 +1,4 @@
-"""Fixed point: the FPGA tools' ``ap_fixed`` to the bit, binary points that are trained, and networks of such numbers."""
+"""Fixed point: the FPGA tools' ``ap_fixed`` to the bit, trained binary points, and networks of such numbers."""
 
 from . import conversion, functional, hls, integer, layers, modules, products, reference, tensor, types
 from .casting import FixedCast, FixedInput
