@@ -36,8 +36,8 @@ def spectral_gate(
     ``torch.fft.irfft2``, the anti-Hermitian part of the product in columns 0 and, for even W, W / 2 is dropped.
     Only ``x`` (and ``weight``) are saved for backward; the gradient to ``weight`` is summed in an order that does not
     depend on threads. The op is bilinear, and its derivatives of any order are exact. A grid with a side above
-    :data:`LARGEST` runs the reference, and so do, on a CPU, channels that leave most of a register empty: one or two in all
-    images together on a grid of more than 1100 pixels, and of up to 4 up to 8 in all on more than 3600.
+    :data:`LARGEST` runs the reference, and so do, on a CPU, channels that leave most of a register empty: one or two
+    in all images together on a grid of more than 1100 pixels, and of up to 4 up to 8 in all on more than 3600.
 
     Args:
         x: tokens ``[B, H, W, C]``, or ``[B, N, C]`` with N = H W in row-major order; float32, float64, bfloat16 or
