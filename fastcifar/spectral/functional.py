@@ -16,8 +16,9 @@ from . import reference
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LARGEST = 64  # side of a grid that the kernels serve; larger ones run the reference
-# On a CPU, up to 4 channels, and 8 in all images together, of more pixels than this run the reference: it is faster.
-FEW_CHANNELS, FEW_IN_ALL, MANY_PIXELS = 4, 8, 512
+# On a CPU, the reference is faster where a register would be nearly empty: of up to 4 channels, at most so many in all
+# images together, of more pixels than that.
+FEW_CHANNELS, FEW_IN_ALL = 4, ((2, 1100), (8, 3600))
 
 __all__ = ["LARGEST", "as_kernel", "inverse_spectrum", "spectral_gate", "spectrum"]
 
@@ -35,8 +36,8 @@ def spectral_gate(
     ``torch.fft.irfft2``, the anti-Hermitian part of the product in columns 0 and, for even W, W / 2 is dropped.
     Only ``x`` (and ``weight``) are saved for backward; the gradient to ``weight`` is summed in an order that does not
     depend on threads. The op is bilinear, and its derivatives of any order are exact. A grid with a side above
-    :data:`LARGEST` runs the reference, and so do, on a CPU, up to 4 channels (8 in all images together) on a grid of
-    more than 512 pixels, which leave most of a register empty.
+    :data:`LARGEST` runs the reference, and so do, on a CPU, channels that leave most of a register empty: one or two
+    in all images together on a grid of more than 1100 pixels, and of up to 4 up to 8 in all on more than 3600.
 
     Args:
         x: tokens ``[B, H, W, C]``, or ``[B, N, C]`` with N = H W in row-major order; float32, float64, bfloat16 or
@@ -98,9 +99,9 @@ def spectral_gate(
 
 def _leaves_lanes_empty(x: Tensor) -> bool:
     batch, height, width, channels = x.shape
-    if channels > FEW_CHANNELS or height * width <= MANY_PIXELS or not x.is_cpu or torch.compiler.is_compiling():
+    if channels > FEW_CHANNELS or not x.is_cpu or torch.compiler.is_compiling():
         return False
-    return batch * channels <= FEW_IN_ALL
+    return any(batch * channels <= few and height * width > many for few, many in FEW_IN_ALL)
 
 
 def check_tokens(op: str, x: Tensor, spatial_size: Sequence[int] | None) -> tuple[int, int]:
