@@ -1,7 +1,6 @@
 // Transforms of the lengths that grids of images have, each written out in full: every index, twiddle and offset is a
-// constant of the code, and what does not fit in registers is spilled where the compiler sees fit. Against the rounds
-// of fft.inl, which look these up in a plan, that is half the instructions, and instructions are what such a transform
-// is bound by.
+// constant of the code, and what does not fit in registers is spilled where the compiler sees fit. The rounds of
+// fft.inl look these up in a plan instead, at every butterfly. tests/data/instructions.json has what both come to.
 #pragma once
 #include "fft.inl"
 
