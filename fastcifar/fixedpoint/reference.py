@@ -200,9 +200,9 @@ def uniform(like: Tensor, seed: Tensor | int | None) -> Tensor:
         raise ValueError("uniform: expected a seed")
     state = torch.as_tensor(seed, dtype=torch.int64, device=like.device).reshape(())
     state = _split(state)
-    key, key_above = state & _LOW, _right(state, 32)
+    key, gamma = state & _LOW, _right(state, 32) | 1
     index = torch.arange(like.numel(), device=like.device).view(like.shape)
-    mixed = _mix((_mix((index & _LOW) ^ key) + key_above + (index >> 32) * 0x9E3779B9) & _LOW)
+    mixed = _mix(((index & _LOW) * gamma + key + (index >> 32) * 0x9E3779B9) & _LOW)
     return (((mixed >> 9) * 2 + 1).double()) * 2.0**-24
 
 
