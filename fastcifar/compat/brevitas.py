@@ -12,6 +12,7 @@ range, -(2**(W-1) - 1) to 2**(W-1) - 1, which is ``sat_sym``. Training goes on f
 
 The state_dict names neither widths nor signs, nor does it tell a scale's logarithm from a scale: say which quantizers
 are not of 8 bits and which have no sign, and give it only to networks whose quantizers are named ``...FixedPoint...``.
+Our casts take int_bits, ``ceil(v) + signed``, of -4 to 40: a weight with no magnitude above 2^-6 is refused.
 Checked against brevitas 0.13.4; it need not be installed.
 """
 
@@ -159,9 +160,9 @@ def load_binary_points(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tu
 
     Layers are found by name. The output's cast of a layer (``FixedInput``, ``FixedReLU``, ``FixedConv2d``, ...) takes
     the binary point of brevitas's ``act_quant`` or ``output_quant`` in the module of the same name, its weights' cast
-    that of ``weight_quant``; a :class:`FixedPoint` takes that of an ``act_quant``. Their modes become brevitas's (nearest
-    with ties to even; saturating, for weights in the narrow range). Widths and signs are the casts' own: build the
-    model with those of the brevitas network. Weights and statistics are not touched:
+    that of ``weight_quant``; a :class:`FixedPoint` takes that of an ``act_quant``. Their modes become brevitas's
+    (nearest with ties to even; saturating, for weights in the narrow range). Widths and signs are the casts' own: build
+    the model with those of the brevitas network. Weights and statistics are not touched:
     ``model.load_state_dict(state_dict, strict=False)`` takes them over.
 
     Args:
@@ -219,7 +220,7 @@ def load_binary_points(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tu
         if isinstance(cast, FixedPoint):
             cast.calibrated = True
         else:
-            cast.calibrated.fill_(True)
+            cast.calibrated.fill_(True)  # type: ignore[operator]
         filled.append(name)
     return filled, left
 

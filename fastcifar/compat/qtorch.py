@@ -1,8 +1,8 @@
-"""QPyTorch's fixed point over our kernels: change ``from qtorch.quant import ...`` and ``from qtorch import FixedPoint``
-to ``from fastcifar.compat.qtorch import ...``.
+"""QPyTorch's fixed point over our kernels: change ``from qtorch.quant import ...`` and ``from qtorch import
+FixedPoint`` to ``from fastcifar.compat.qtorch import ...``.
 
 Signatures and defaults are qtorch 0.3.0's. Its formats are always signed: ``wl`` bits, ``fl`` of them after the binary
-point, which is ``ap_fixed<wl, wl - fl>`` with AP_RND_CONV (``"nearest"``) and AP_SAT, or AP_SAT_SYM where ``symmetric``.
+point: ``ap_fixed<wl, wl - fl>`` with AP_RND_CONV (``"nearest"``) and AP_SAT, or AP_SAT_SYM where ``symmetric``.
 
 What differs from qtorch, on purpose:
 
