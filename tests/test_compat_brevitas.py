@@ -84,7 +84,7 @@ class _Net(nn.Module):
         self.flatten, self.fc = FixedFlatten(), FixedLinear(2, 1, bias=False)
 
     def forward(self, x):
-        return self.fc(self.flatten(self.relu(self.conv(self.inp(x))))))
+        return self.fc(self.flatten(self.relu(self.conv(self.inp(x)))))
 
 
 def test_layers_are_filled_by_name_and_compute_the_same():
