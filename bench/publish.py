@@ -134,13 +134,13 @@ def publish_fixedpoint(results: Results, caption: str) -> None:
     plain = caption.replace("; in brackets the multiple of the floor", "")
     both = caption.replace("the multiple of the floor", "the multiples of the floor and of our time")
     casts = [case for case in family["cases"] if case.op == "quantize_trainable"]
-    for path in (page, ROOT / "README.md"):
+    for path in (page, ROOT / "README.md") if casts else ():
         insert(path, "fixedpoint", both + compact(casts, ratios=True))
     tables = family["overhead"]
     modes = [by_modes(cells) for cells in tables if cells[0][0].startswith("every mode")]
     products = [cells for cells in tables if cells[0][0].startswith("integer ")]
     for marker, found in (("modes", modes), ("products", products)):
-        if not found:  # on a machine that no kernel serves, or in a run of a part
+        if not found:  # in a run of a part
             continue
         insert(page, marker, plain + "\n\n".join(map(markdown_table, found)))
 
