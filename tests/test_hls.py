@@ -220,6 +220,18 @@ def test_a_converted_network_gives_the_same_bits(tmp_path):
 
 
 @needs_compiler
+def test_the_example_exports_a_trained_network_to_the_bit(tmp_path):
+    plot = ROOT / "examples" / "output" / "fixedpoint_cifar10.png"
+    plot.unlink(missing_ok=True)
+    command = [sys.executable, ROOT / "examples" / "fixedpoint_cifar10.py", "--quick", "--widths", "4", "--exported", "3"]
+    command += ["--channels", "4", "--images", "400", "--epochs", "2", "--tuning", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of 30" in done.stdout
+    assert plot.stat().st_size > 10_000
+
+
+@needs_compiler
 def test_integers_may_come_without_a_float_input(tmp_path):
     wide = FixedTensor(torch.tensor([[-(2**63), 2**63 - 1, 12345]]), FixedType(64, 20))
     types = to_hls(FixedReLU(width=24, frac_bits=5).eval(), tmp_path, wide)
