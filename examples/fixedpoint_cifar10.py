@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A small ResNet on CIFAR-10 in fixed point: float, quantized after training, and trained in fixed point.
 
-    python examples/fixedpoint_cifar10.py --quick     # the bundled sample, under four minutes on two cores
+    python examples/fixedpoint_cifar10.py --quick     # the bundled sample, two minutes on two cores
     python examples/fixedpoint_cifar10.py             # the full set: `make data DATA=folder` first, or --data folder
 
 The float network is trained first. ``fastcifar.fixedpoint.convert`` then makes a copy in which every layer is of fixed
@@ -156,16 +156,16 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the CIFAR-10 binary version (default: see fastcifar.data)")
     parser.add_argument("--images", type=int, help="of those to train on (default: all)")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="bits (default: 4 6 8)")
-    parser.add_argument("--epochs", type=int, help="of the float network (default: 20)")
-    parser.add_argument("--tuning", type=int, help="epochs in fixed point, a width (default: 5; 4 with --quick)")
+    parser.add_argument("--epochs", type=int, help="of the float network (default: 20; 30 with --quick)")
+    parser.add_argument("--tuning", type=int, help="epochs in fixed point, a width (default: 5; 8 with --quick)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: 128; 50 with --quick)")
     parser.add_argument("--channels", type=int, help="of the first stage (default: 16; 8 with --quick)")
     parser.add_argument("--blocks", type=int, help="a stage (default: 3; 1 with --quick)")
     parser.add_argument("--exported", type=int, default=10, help="test images to run through the C++ (default: 10)")
     parser.add_argument("--ap-types", help="folder of the FPGA tool's ap_fixed.h (default: ours)")
     args = parser.parse_args()
-    args.epochs = args.epochs or 20
-    args.tuning = args.tuning or (4 if args.quick else 5)
+    args.epochs = args.epochs or (30 if args.quick else 20)
+    args.tuning = args.tuning or (8 if args.quick else 5)
     args.batch_size = args.batch_size or (50 if args.quick else 128)
     try:
         images, labels, test_images, test_labels = load(args)

@@ -139,5 +139,5 @@ def test_without_the_kernel_wider_integers_are_exact_too(bits, monkeypatch):
 
 def test_sums_beyond_64_bits_are_refused():
     a = torch.ones(1, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="integer_conv2d: expected sums that fit 64 bits"):
+    with pytest.raises(ValueError, match="integer_matmul: expected sums that fit 64 bits"):
         integer_matmul(a, a, 1 << 31, 1 << 31)

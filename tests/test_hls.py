@@ -223,7 +223,15 @@ def test_a_converted_network_gives_the_same_bits(tmp_path):
 def test_the_example_exports_a_trained_network_to_the_bit(tmp_path):
     plot = ROOT / "examples" / "output" / "fixedpoint_cifar10.png"
     plot.unlink(missing_ok=True)
-    command = [sys.executable, ROOT / "examples" / "fixedpoint_cifar10.py", "--quick", "--widths", "4", "--exported", "3"]
+    command = [
+        sys.executable,
+        ROOT / "examples" / "fixedpoint_cifar10.py",
+        "--quick",
+        "--widths",
+        "4",
+        "--exported",
+        "3",
+    ]
     command += ["--channels", "4", "--images", "400", "--epochs", "2", "--tuning", "2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
