@@ -33,6 +33,7 @@ class FixedConfig:
     Attributes:
         width: bits of weights and of every layer's output. Default 8.
         weight_width: bits of the weights; None: ``width``.
+        per_channel: whether the weights of each output channel have a binary point of their own. Default False.
         input_width: bits of the network's input. Default 8.
         output_width: bits of the last layer's output, where a tie between classes costs accuracy. Default 12.
         rounding, overflow: modes of every cast. Defaults ``"rnd_conv"``, ``"sat"``.
@@ -46,6 +47,7 @@ class FixedConfig:
     rounding: str = "rnd_conv"
     overflow: str = "sat"
     trainable: bool = True
+    per_channel: bool = False
 
     def options(self, width: int | None = None) -> dict[str, Any]:
         modes = {"rounding": self.rounding, "overflow": self.overflow, "trainable": self.trainable}
@@ -161,14 +163,13 @@ def _conv(m: nn.Conv2d, options: dict[str, Any], config: FixedConfig) -> nn.Modu
     if m.padding_mode != "zeros":
         raise ValueError(f"convert: expected zeros as padding, got {m.padding_mode!r}")
     geometry = m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is not None
-    layer = FixedConv2d(m.in_channels, m.out_channels, *geometry, weight_width=config.weight_width, **options)
-    return _copied(layer, m)
+    weights = {"weight_width": config.weight_width or config.width, "per_channel": config.per_channel}
+    return _copied(FixedConv2d(m.in_channels, m.out_channels, *geometry, **weights, **options), m)
 
 
 def _linear(m: nn.Linear, options: dict[str, Any], config: FixedConfig) -> nn.Module:
-    weight_width = config.weight_width or config.width
-    layer = FixedLinear(m.in_features, m.out_features, m.bias is not None, weight_width=weight_width, **options)
-    return _copied(layer, m)
+    weights = {"weight_width": config.weight_width or config.width, "per_channel": config.per_channel}
+    return _copied(FixedLinear(m.in_features, m.out_features, m.bias is not None, **weights, **options), m)
 
 
 def _batch_norm(m: nn.BatchNorm2d, options: dict[str, Any], config: FixedConfig) -> nn.Module:

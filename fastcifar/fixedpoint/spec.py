@@ -249,5 +249,5 @@ SPECS = [
             _bad_conv("groups", "groups that divide 6 channels and 3 outputs, 6 channels each, got 2", groups=2),
             _bad_conv("a kernel that is too large", r"padded image, got \(3, 2\) over \(4, 5\)", dilation=2),
         ),
-    ),  # fmt: skip
+    ),
 ]

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import integer
+from . import functional, integer
+from .reference import INT_BITS
 from .types import FixedType
 
 __all__ = ["FixedTensor"]
@@ -85,6 +86,36 @@ class FixedTensor:
         self = object.__new__(cls)
         self.raw, self.type = raw.to(storage_dtype(type)), type
         return self
+
+    @classmethod
+    def from_float(cls, x: Tensor, type: FixedType, *, seed: Tensor | int | None = None) -> FixedTensor:
+        """The cast of floats to ``type``: :func:`~fastcifar.fixedpoint.to_raw` with its type.
+
+        Args:
+            x: any shape; float32, float64, bfloat16 or float16. NaN gives 0.
+            type: of at most 32 bits, with int_bits of -4 to 40.
+            seed: of stochastic rounding, as there.
+
+        Raises:
+            TypeError: ``x`` is not a dense floating tensor, or ``type`` no :class:`FixedType`.
+            ValueError: ``type`` is of another size, or a seed without stochastic rounding.
+
+        Example:
+            >>> import torch
+            >>> from fastcifar.fixedpoint import FixedTensor, FixedType
+            >>> FixedTensor.from_float(torch.tensor([0.3, 9.0]), FixedType(4, 2, overflow="sat"))
+            FixedTensor([0.25, 1.75], ap_fixed<4, 2, AP_TRN, AP_SAT>)
+        """
+        op = "from_float"
+        functional.check_x(op, x)
+        if not isinstance(type, FixedType):
+            raise TypeError(f"{op}: expected type to be a FixedType, got {type!r}")
+        if type.width > 32 or not INT_BITS[0] <= type.int_bits <= INT_BITS[1]:
+            raise ValueError(f"{op}: expected a type of at most 32 bits with int_bits of -4 to 40, got {type}")
+        modes = {"rounding": type.rounding, "overflow": type.overflow, "saturated_bits": type.saturated_bits}
+        return cls.trusted(
+            functional.to_raw(x, type.width, type.int_bits, signed=type.signed, seed=seed, **modes), type
+        )
 
     def float(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values as floats; one that ``dtype`` cannot hold is rounded to the nearest, ties to even.
