@@ -198,7 +198,8 @@ def test_random_networks_give_the_same_bits(tmp_path, seed):
 
 
 @needs_compiler
-def test_a_converted_network_gives_the_same_bits(tmp_path):
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_converted_network_gives_the_same_bits(tmp_path, per_channel):
     torch.manual_seed(2)
 
     class Residual(nn.Module):
@@ -214,8 +215,11 @@ def test_a_converted_network_gives_the_same_bits(tmp_path):
             return self.head(self.pool(torch.max_pool2d(x, 2)).flatten(1))
 
     x = torch.randn(8, 3, 8, 8)
-    fixed = convert(Residual().eval(), FixedConfig(width=6), x)
-    to_hls(fixed, tmp_path, x)
+    fixed = convert(Residual().eval(), FixedConfig(width=6, per_channel=per_channel), x)
+    types = to_hls(fixed, tmp_path, x)
+    assert all(type.width in (6, 8, 12) for type in types.values())  # of outputs
+    wide = max(int(bits) for bits in re.findall(r"fixed<(\d+).*_weight_t;", (tmp_path / "weights.h").read_text()))
+    assert (wide > 6) == per_channel  # aligned by exact shifts
     _assert_same_bits(tmp_path, 80)
 
 
