@@ -41,6 +41,16 @@ FC_INLINE Register floor(Register x) {
 }
 #endif
 
+// The operand order of the minps family: NaN where x is.
+template <class A>
+FC_INLINE V<A> at_most(V<A> bound, V<A> x) {
+  return bound < x ? bound : x;
+}
+template <class A>
+FC_INLINE V<A> at_least(V<A> bound, V<A> x) {
+  return bound > x ? bound : x;
+}
+
 // ---- random numbers: a function of the seed's keys and of the element's index
 // ----------------------------------------
 
@@ -114,16 +124,15 @@ FC_INLINE V<A> round_magnitude(V<A> a, V<A> x, const Cast<A>& c, uint64_t index)
 
 template <int kBounder, class A>
 FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
-  const V<A> low = splat<A>(c.low), high = splat<A>(c.high);
-  const I<A> outside = (v < low) | (v > high);  // not where NaN
+  const V<A> clamped = at_least<A>(splat<A>(c.low), at_most<A>(splat<A>(c.high), v));  // NaN where v is
   Stored<A> s;
-  s.inside = (v >= low) & (v <= high);
+  s.inside = v == clamped;
   if constexpr (kBounder == kClamp) {
-    s.q = select<A>(v > high, high, v);
-    s.q = select<A>(s.q < low, low, s.q);
+    s.q = clamped;
   } else if constexpr (kBounder == kZeroOutside) {
-    s.q = (V<A>)((I<A>)v & ~outside);
+    s.q = (V<A>)((I<A>)v & (s.inside | (v != v)));
   } else {
+    const I<A> within = s.inside;
     s.inside |= I<A>{} - (c.passes ? 1 : 0);
     const V<A> m = v - floor(v * c.frequency) * c.period;
     if constexpr (kBounder == kModulo) {
@@ -140,7 +149,7 @@ FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
       }
       const I<A> flip = (sign ^ top ^ (I<A>{} - (c.same ? 1 : 0))) & (I<A>{} - (c.flips ? 1 : 0));
       const V<A> above = select<A>(sign, splat<A>(c.above_negative), splat<A>(c.above_positive));
-      s.q = select<A>(outside, select<A>(flip, c.ones - rest, rest) + above, v);
+      s.q = select<A>(within, v, select<A>(flip, c.ones - rest, rest) + above);
     }
   }
   s.q = s.q + A(0);  // no -0
@@ -149,6 +158,10 @@ FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
 
 template <int kRounder, int kBounder, class A>
 FC_INLINE Stored<A> cast(V<A> x, const Cast<A>& c, uint64_t index) {
+  if constexpr (kRounder == kToEven && kBounder < kModulo) {  // the same for both signs: no way round by magnitudes
+    const V<A> v = to_even(x * c.scale);
+    return bounded<kBounder, A>(v, v, x, c);
+  }
   V<A> a = scaled<A>(x, splat<A>(c.scale), splat<A>(c.least));
   if constexpr (kBounder >= kModulo) {  // infinity: any large number
     const V<A> most = splat<A>(sizeof(A) == 4 ? A(0x1p100) : A(0x1p1000));
@@ -175,14 +188,9 @@ template <class A>
 struct Sums {
   V<double> at[kStep / kLanes<double>] = {};
 
+  // The product is rounded to float: an error of the incoming gradient's own size, for half of the conversions.
   FC_INLINE_MEMBER void add(int j, V<float> g, V<float> d) {
-    struct Halves {
-      HalfFloat low, high;
-    } gs, ds;
-    memcpy(&gs, &g, sizeof g);
-    memcpy(&ds, &d, sizeof d);
-    at[2 * j] += __builtin_convertvector(gs.low, V<double>) * __builtin_convertvector(ds.low, V<double>);
-    at[2 * j + 1] += __builtin_convertvector(gs.high, V<double>) * __builtin_convertvector(ds.high, V<double>);
+    add_halves(at[2 * j], at[2 * j + 1], g * d);
   }
   FC_INLINE_MEMBER void add(int j, V<double> g, V<double> d) { at[j] += g * d; }
   FC_INLINE_MEMBER double total() const {
