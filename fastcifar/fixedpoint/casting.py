@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .integer import recast
 from .modules import FixedPoint
 from .reference import INT_BITS
-from .tensor import FixedTensor
+from .tensor import FixedTensor, cast_raw
 from .types import FixedType
 
 FLOAT32_EXACT, FLOAT64_EXACT = 1 << 24, 1 << 53
@@ -113,10 +112,11 @@ class FixedCast(FixedPoint):
             self.calibrate(x)
         return with_type(self._quantize(x, self.frac_bits).float(), self.fixed_type)
 
-    def integers(self, raw: Tensor, from_frac_bits: int) -> FixedTensor:
-        """The same cast of exact integers."""
+    def integers(self, raw: Tensor, from_frac_bits: int, largest: int) -> FixedTensor:
+        """The same cast of exact integers, of at most ``largest`` in magnitude."""
         self._check()
-        return FixedTensor.trusted(recast(raw, from_frac_bits, self.fixed_type), self.fixed_type)
+        type = self.fixed_type
+        return FixedTensor.trusted(cast_raw(raw, from_frac_bits, type, largest), type)
 
     def of_floats(self, x: Tensor) -> FixedTensor:
         """The same cast of any floats, into integers."""

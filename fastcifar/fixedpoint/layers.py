@@ -90,7 +90,7 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
         if isinstance(x, FixedTensor):
             factor, offset = self.raw_scale_and_shift(input_type)
             total = x * factor.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)
-            return self.output.integers(total.raw, total.type.frac_bits)
+            return self.output.integers(total.raw, total.type.frac_bits, total.type.largest)
         if self.training:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             with torch.no_grad():
@@ -128,7 +128,7 @@ class FixedReLU(nn.Module):
     def forward(self, x: Values) -> Values:
         type = type_of("FixedReLU", x)
         if isinstance(x, FixedTensor):
-            return self.output.integers(x.raw.clamp_min(0), type.frac_bits)
+            return self.output.integers(x.raw.clamp_min(0), type.frac_bits, type.largest)
         return self.output(x.relu())
 
 
@@ -157,7 +157,7 @@ class FixedAdd(nn.Module):
         types = type_of("FixedAdd", a), type_of("FixedAdd", b)
         if isinstance(a, FixedTensor) and isinstance(b, FixedTensor):
             total = a + b
-            return self.output.integers(total.raw, total.type.frac_bits)
+            return self.output.integers(total.raw, total.type.frac_bits, total.type.largest)
         if isinstance(a, FixedTensor) or isinstance(b, FixedTensor):
             raise TypeError("FixedAdd: expected two FixedTensors or two float tensors, got one of each")
         dtype = exact_dtype("FixedAdd", (types[0] + types[1]).largest)
@@ -191,12 +191,13 @@ class FixedAvgPool2d(nn.Module):
         count = window[0] * window[1]
         frac_bits = RECIPROCAL_BITS - 1 + math.ceil(math.log2(count))
         reciprocal = round(2**frac_bits / count)
-        exact_dtype("FixedAvgPool2d", type.largest * count * reciprocal)
+        largest = type.largest * count * reciprocal
+        exact_dtype("FixedAvgPool2d", largest)
         values = x.raw if isinstance(x, FixedTensor) else x
         # Sums of windows, exact in float64; F.avg_pool2d divides, by 1 here.
         sums = F.avg_pool2d(values.double(), window, divisor_override=1)
         if isinstance(x, FixedTensor):
-            return self.output.integers(sums.long() * reciprocal, type.frac_bits + frac_bits)
+            return self.output.integers(sums.long() * reciprocal, type.frac_bits + frac_bits, largest)
         return self.output(sums * (reciprocal * 2.0**-frac_bits))
 
     def extra_repr(self) -> str:

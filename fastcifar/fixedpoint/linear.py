@@ -49,17 +49,17 @@ class _Product(nn.Module):
         input_type = type_of(op, x)
         bias = self.raw_bias(input_type)
         shape = (-1, *[1] * (self.weight.dim() - 2))
-        if isinstance(x, FixedTensor):
-            weight = self.raw_weight()
-            sums, frac_bits = self._integer_sum(x, weight), x.type.frac_bits + weight.type.frac_bits
-            if bias is not None:
-                sums = sums.long() + (bias[0] << (frac_bits - bias[1])).view(shape)
-            return self.output.integers(sums, frac_bits)
-        weight = self.weight_cast(self.weight)
-        frac_bits = input_type.frac_bits + self.weight_cast.fixed_type.frac_bits
-        units = self.weight[0].numel() * input_type.largest * self.weight_cast.fixed_type.largest
+        weight_type = self.weight_cast.fixed_type
+        frac_bits = input_type.frac_bits + weight_type.frac_bits
+        units = self.weight[0].numel() * input_type.largest * weight_type.largest
         if bias is not None:
             units += int(bias[0].abs().max()) << (frac_bits - bias[1])
+        if isinstance(x, FixedTensor):
+            sums = self._integer_sum(x, self.raw_weight())
+            if bias is not None:
+                sums = sums.long() + (bias[0] << (frac_bits - bias[1])).view(shape)
+            return self.output.integers(sums, frac_bits, units)
+        weight = self.weight_cast(self.weight)
         dtype = exact_dtype(op, units)
         sums = self._sum(x.to(dtype), weight.to(dtype))
         if bias is not None:

@@ -22,6 +22,17 @@ def storage_dtype(type: FixedType) -> torch.dtype:
     return torch.int16 if bits <= 16 else torch.int32 if bits <= 32 else torch.int64
 
 
+def cast_raw(raw: Tensor, from_frac_bits: int, type: FixedType, largest: int) -> Tensor:
+    """:func:`integer.recast` of integers of at most ``largest`` in magnitude: the same bits, by the kernel of the cast
+    from floats where float64 holds the integers (an integer is a float whose binary point is moved)."""
+    int_bits = type.int_bits + from_frac_bits
+    chance = type.rounding == "stochastic"
+    if chance or largest > 1 << 53 or type.width > 32 or not INT_BITS[0] <= int_bits <= INT_BITS[1]:
+        return integer.recast(raw, from_frac_bits, type)
+    modes = {"rounding": type.rounding, "overflow": type.overflow, "saturated_bits": type.saturated_bits}
+    return functional.to_raw(raw.double(), type.width, int_bits, signed=type.signed, **modes)
+
+
 def _passed_on(name: str) -> Callable[..., FixedTensor]:
     def method(self: FixedTensor, *args: Any, **kwargs: Any) -> FixedTensor:
         return FixedTensor.trusted(getattr(self.raw, name)(*args, **kwargs), self.type)
@@ -128,7 +139,7 @@ class FixedTensor:
 
     def cast(self, type: FixedType) -> FixedTensor:
         """The numbers in another type, by its rounding and overflow modes (:func:`integer.recast`)."""
-        return FixedTensor.trusted(integer.recast(self.raw, self.type.frac_bits, type), type)
+        return FixedTensor.trusted(cast_raw(self.raw, self.type.frac_bits, type, self.type.largest), type)
 
     # ---- arithmetic --------------------------------------------------------------------------------------------------
 
