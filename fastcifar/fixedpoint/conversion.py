@@ -53,6 +53,9 @@ class FixedConfig:
         modes = {"rounding": self.rounding, "overflow": self.overflow, "trainable": self.trainable}
         return {"width": width or self.width, **modes}
 
+    def weights(self) -> dict[str, Any]:
+        return {"weight_width": self.weight_width or self.width, "per_channel": self.per_channel}
+
 
 def convert(
     model: nn.Module, config: FixedConfig | None = None, data: Tensor | Iterable[Tensor] | None = None
@@ -162,14 +165,13 @@ def _copied(layer: Any, plain: Any) -> Any:
 def _conv(m: nn.Conv2d, options: dict[str, Any], config: FixedConfig) -> nn.Module:
     if m.padding_mode != "zeros":
         raise ValueError(f"convert: expected zeros as padding, got {m.padding_mode!r}")
-    geometry = m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is not None
-    weights = {"weight_width": config.weight_width or config.width, "per_channel": config.per_channel}
-    return _copied(FixedConv2d(m.in_channels, m.out_channels, *geometry, **weights, **options), m)
+    geometry = m.kernel_size, m.stride, m.padding, m.dilation, m.groups
+    options |= {"bias": m.bias is not None, **config.weights()}
+    return _copied(FixedConv2d(m.in_channels, m.out_channels, *geometry, **options), m)
 
 
 def _linear(m: nn.Linear, options: dict[str, Any], config: FixedConfig) -> nn.Module:
-    weights = {"weight_width": config.weight_width or config.width, "per_channel": config.per_channel}
-    return _copied(FixedLinear(m.in_features, m.out_features, m.bias is not None, **weights, **options), m)
+    return _copied(FixedLinear(m.in_features, m.out_features, m.bias is not None, **config.weights(), **options), m)
 
 
 def _batch_norm(m: nn.BatchNorm2d, options: dict[str, Any], config: FixedConfig) -> nn.Module:

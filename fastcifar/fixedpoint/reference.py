@@ -248,13 +248,11 @@ def integer_conv2d(
     weight = weight.long().unflatten(0, (groups, -1))
     height, width = weight.shape[-2:]
     last_y, last_x = x.shape[-2] - dy * (height - 1), x.shape[-1] - dx * (width - 1)
-    sums = sum(
-        (x[..., u * dy : u * dy + last_y : down, v * dx : v * dx + last_x : right] * weight[..., u, v, None, None]).sum(
-            3
-        )
-        for u in range(height)
-        for v in range(width)
-    )
+    sums = torch.zeros((), dtype=torch.int64, device=x.device)
+    for u in range(height):
+        rows = x[..., u * dy : u * dy + last_y : down, :]
+        for v in range(width):
+            sums = sums + (rows[..., v * dx : v * dx + last_x : right] * weight[..., u, v, None, None]).sum(3)
     return sums.flatten(1, 2).to(_sum_dtype(weight[0, 0].numel() * x_largest * weight_largest))
 
 

@@ -29,8 +29,20 @@ def cast_raw(raw: Tensor, from_frac_bits: int, type: FixedType, largest: int) ->
     chance = type.rounding == "stochastic"
     if chance or largest > 1 << 53 or type.width > 32 or not INT_BITS[0] <= int_bits <= INT_BITS[1]:
         return integer.recast(raw, from_frac_bits, type)
-    modes = {"rounding": type.rounding, "overflow": type.overflow, "saturated_bits": type.saturated_bits}
-    return functional.to_raw(raw.double(), type.width, int_bits, signed=type.signed, **modes)
+    return _to_raw(raw.double(), type, int_bits)
+
+
+def _to_raw(x: Tensor, type: FixedType, int_bits: int, seed: Tensor | int | None = None) -> Tensor:
+    return functional.to_raw(
+        x,
+        type.width,
+        int_bits,
+        signed=type.signed,
+        rounding=type.rounding,
+        overflow=type.overflow,
+        saturated_bits=type.saturated_bits,
+        seed=seed,
+    )
 
 
 def _passed_on(name: str) -> Callable[..., FixedTensor]:
@@ -123,10 +135,7 @@ class FixedTensor:
             raise TypeError(f"{op}: expected type to be a FixedType, got {type!r}")
         if type.width > 32 or not INT_BITS[0] <= type.int_bits <= INT_BITS[1]:
             raise ValueError(f"{op}: expected a type of at most 32 bits with int_bits of -4 to 40, got {type}")
-        modes = {"rounding": type.rounding, "overflow": type.overflow, "saturated_bits": type.saturated_bits}
-        return cls.trusted(
-            functional.to_raw(x, type.width, type.int_bits, signed=type.signed, seed=seed, **modes), type
-        )
+        return cls.trusted(_to_raw(x, type, type.int_bits, seed), type)
 
     def float(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values as floats; one that ``dtype`` cannot hold is rounded to the nearest, ties to even.
