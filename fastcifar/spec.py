@@ -33,7 +33,7 @@ class OpSpec:
     """One public function and everything that is promised of it.
 
     Attributes:
-        name, family: ``fastcifar.<family>.functional.<name>``.
+        name, family: ``fastcifar.<family>.functional.<name>``, or in a module beside that one.
         function, reference: the function and its plain PyTorch twin, of one signature, returning a tuple.
         sample: ``(size, dtype, device, seed)`` to tensor arguments by name, the first one always among them; sizes are
             ``"empty"``, ``"one"``, ``"prime"`` and ``"large"``.
