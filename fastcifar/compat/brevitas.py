@@ -175,7 +175,7 @@ def load_binary_points(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tu
         first batch.
 
     Raises:
-        ValueError: a cast cannot have its binary point: ``width - F`` is outside -4 to 40, or there is one a channel for
+        ValueError: a cast cannot have its binary point: ``width - F`` outside -4 to 40, or there is one a channel for
             a cast that has one for all.
 
     Example:
