@@ -106,6 +106,18 @@ def test_layers_are_filled_by_name_and_compute_the_same():
     assert torch.equal(integers.float(), trained.detach())
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_of_a_layer_with_a_binary_point_a_channel(per_channel):
+    layer = nn.Sequential(FixedConv2d(2, 3, 1, per_channel=per_channel))
+    weight = torch.tensor([[0.3, -0.1], [2.0, 1.9], [-0.06, 0.05]]).view(3, 2, 1, 1)
+    layer.load_state_dict({"0.weight": weight}, strict=False)
+    assert load_binary_points(layer, {"0.weight": weight}) == (["0.weight_cast"], ["0.output"])
+    exponents = [-1, 1, -4] if per_channel else [1, 1, 1]
+    expected = torch.stack([_scaled(w, e, 8, -127, 127) for w, e in zip(weight, exponents, strict=True)])
+    assert torch.equal(layer[0].weight_cast(weight).detach(), expected)
+    assert torch.equal(layer[0].raw_weight().float(), expected)
+
+
 def test_cast_modules_are_filled_by_name():
     model = nn.ModuleDict({"inp": FixedPoint(8, 4, trainable=True, calibration="mse"), "other": FixedPoint(8, 4)})
     assert load_binary_points(model, STATE) == (["inp"], ["other"])
@@ -145,10 +157,10 @@ def test_refuses_in_a_sentence(call, words):
 
 def test_nothing_is_changed_where_one_is_refused():
     model = _Net()
-    before = {name: t.clone() for name, t in model.state_dict().items()}
+    before = {name: t.clone() for name, t in model.named_parameters()}
     with pytest.raises(ValueError, match="relu"):
         load_binary_points(model, STATE | {f"relu.act_quant.{SCALE}": torch.tensor(99.0)})
-    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(torch.equal(t, before[name]) for name, t in model.named_parameters())
 
 
 # ---- against brevitas ------------------------------------------------------------------------------------------------

@@ -175,7 +175,8 @@ def load_binary_points(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tu
         first batch.
 
     Raises:
-        ValueError: a binary point cannot be had by the cast: ``width - F`` outside -4 to 40, or one a channel.
+        ValueError: a cast cannot have its binary point: ``width - F`` outside -4 to 40, or there is one a channel for
+            a cast that has one for all.
 
     Example:
         >>> import torch
@@ -188,19 +189,19 @@ def load_binary_points(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tu
         >>> str(model[0].output.fixed_type)
         'ap_ufixed<8, 2, AP_RND_CONV, AP_SAT>'
     """
-    exponents = _exponents(state_dict, ())
-    filled, left = [], []
-    moves = []
-    for name, cast in model.named_modules():
-        if not isinstance(cast, (FixedCast, FixedPoint)):
-            continue
-        layer, _, role = name.rpartition(".")
-        if isinstance(cast, FixedPoint):
-            sources = [f"{name}.act_quant"]
-        elif role == "weight_cast":
+    casts = {name: module for name, module in model.named_modules() if isinstance(module, FixedPoint)}
+    layers = {name: name.rpartition(".")[0] for name in casts}
+    apart = [f"{layers[name]}.weight_quant" for name, cast in casts.items() if cast.per_channel is not None]
+    exponents = _exponents(state_dict, apart)
+    left, moves = [], []
+    for name, cast in casts.items():
+        layer, weight = layers[name], name.endswith("weight_cast")
+        if weight:
             sources = [f"{layer}.weight_quant"]
-        else:
+        elif isinstance(cast, FixedCast):
             sources = [f"{layer}.act_quant", f"{layer}.output_quant"]
+        else:
+            sources = [f"{name}.act_quant"]
         exponent = next((exponents[source] for source in sources if source in exponents), None)
         if exponent is None:
             left.append(name)
@@ -212,17 +213,12 @@ def load_binary_points(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tu
                 f"got {frac_bits.numel()}"
             )
         _check_kept(f"load_binary_points, {name}", cast.width, frac_bits)
-        moves.append((name, role, cast, frac_bits))
-    for name, role, cast, frac_bits in moves:
+        moves.append((cast, frac_bits, weight))
+    for cast, frac_bits, weight in moves:
         with torch.no_grad():
             cast.frac_bits.copy_(frac_bits.reshape(cast.frac_bits.shape))
-        cast.rounding, cast.overflow = "rnd_conv", "sat_sym" if role == "weight_cast" else "sat"
-        if isinstance(cast, FixedPoint):
-            cast.calibrated = True
-        else:
-            cast.calibrated.fill_(True)  # type: ignore[operator]
-        filled.append(name)
-    return filled, left
+        cast.rounding, cast.overflow, cast.calibrated = "rnd_conv", "sat_sym" if weight else "sat", True
+    return [name for name in casts if name not in left], left
 
 
 def _exponents(state_dict: Mapping[str, Tensor], per_channel: Collection[str]) -> dict[str, Tensor]:
