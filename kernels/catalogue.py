@@ -249,8 +249,8 @@ def spectral() -> Iterator[Entry]:
 
 
 def fixedpoint() -> Iterator[Entry]:
-    """The kernels that kernels/fixedpoint.py launches: every mode, layout of binary points and dtype, and pairs of those
-    that meet in more than a conversion. What a type is made of besides its modes are arguments, not kernels."""
+    """The kernels that kernels/fixedpoint.py launches: every mode, layout of binary points and dtype, and pairs of
+    those that meet in more than a conversion. What a type is made of besides its modes are arguments, not kernels."""
     import torch
     import triton.language as tl
 

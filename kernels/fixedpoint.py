@@ -3,10 +3,10 @@
 The kernels are in ``kernels/fixedpoint_kernels.py``. Launchers check nothing: ``fastcifar.fixedpoint`` does. They never
 wait for the device, which alone reads binary points and seeds, so that a CUDA graph can capture them.
 
-Products of integers (``integer_conv``) have no kernel here: on a GPU ``products.py`` computes them in float64, exactly.
-What bounds one, by figures of vendors: its bytes, 2 for each number of x and of the weight and 4 or 8 for a sum, and for
-16 bits four products of int8 halves on tensor cores. 128 images of 32 x 32 x 64 channels, 3 x 3, are 50 MB, 11 us on
-an H200, and 4.8 G products, 5 us as int8 and 20 us as int16.
+Products of integers (``integer_conv``) have no kernel here: on a GPU ``products.py`` computes them in float64, exact.
+What bounds one, by figures of vendors: its bytes, 2 for each number of x and of the weight and 4 or 8 for a sum, and
+for 16 bits four products of int8 halves on tensor cores. 128 images of 32 x 32 x 64 channels, 3 x 3, are 50 MB, 11 us
+on an H200, and 4.8 G products, 5 us as int8 and 20 us as int16.
 """
 
 from __future__ import annotations
@@ -224,4 +224,3 @@ def _like(x: Tensor, rounding: int, dtype: torch.dtype, device: str | None = Non
     """Uninitialised, in x's layout where that is dense; row by row where random numbers are counted."""
     layout = torch.contiguous_format if rounding == _STOCHASTIC else torch.preserve_format
     return torch.empty_like(x, dtype=dtype, device=device, memory_format=layout)
-

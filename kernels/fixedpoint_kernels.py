@@ -28,7 +28,7 @@ def _is_one_of(name, *names):
 @triton.jit
 def _power_of_two(n, COMPUTE: tl.constexpr):
     """2^n, from its bits."""
-    if COMPUTE == tl.float64:
+    if COMPUTE == tl.float64:  # noqa: SIM300
         power = ((n.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
     else:
         power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
@@ -39,16 +39,13 @@ def _power_of_two(n, COMPUTE: tl.constexpr):
 def _to_even(a):
     """The nearest whole number of a magnitude: the addition leaves no room for a fraction, and what is too large for it
     has none."""
-    if a.dtype == tl.float64:
-        no_fraction = tl.full((), 2.0**52, tl.float64)
-    else:
-        no_fraction = tl.full((), 2.0**23, tl.float32)
+    no_fraction = tl.full((), 2.0**52 if a.dtype == tl.float64 else 2.0**23, a.dtype)
     return tl.where(a < no_fraction, (a + no_fraction) - no_fraction, a)
 
 
 @triton.jit
 def _scales(frac_bits_ptr, frac, channel, mask, width, COMPUTE: tl.constexpr):
-    """2^F and 2^-F. A binary point that is trained is rounded and kept where the type has a legal int_bits; NaN stays."""
+    """2^F and 2^-F. A trained binary point is rounded and kept where the type has a legal int_bits; NaN stays."""
     if frac_bits_ptr is None:
         scale = _power_of_two(frac, COMPUTE)
         inverse = _power_of_two(-frac, COMPUTE)
@@ -318,10 +315,8 @@ def _backward_tile(
     x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(COMPUTE)
     grad = tl.load(grad_ptr + offset, mask=mask, other=0.0)
     q, inside = _cast(x, scale, offset, seed_ptr, width, saturated_bits, SIGNED, ROUNDING, OVERFLOW, N)
-    if PASSES:
-        change = x - q * inverse
-    else:
-        change = tl.where(inside, x, 0.0) - q * inverse
+    kept = x if PASSES else tl.where(inside, x, 0.0)
+    change = kept - q * inverse
     if grad_x_ptr is not None:
         tl.store(grad_x_ptr + offset, grad if PASSES else tl.where(inside, grad, 0.0).to(grad.dtype), mask=mask)
     return tl.where(mask, grad.to(tl.float64) * change.to(tl.float64), 0.0)
@@ -358,7 +353,7 @@ def _cast_backward_kernel(
     Bytes an element: 12 in float32 (read grad and x, write grad_x), 6 in 16 bits, and 8 for a sum, one to some 1000
     elements (of a row of 64, one to 64). Instructions an element: 26 in float32, two of them conversions to float64,
     which like floors run at a quarter of the rate, two of float64. An H200 has time for 83 while it moves 12 bytes:
-    the time of a copy. The sums are added up by one more, small kernel: no atomics, so that equal calls give equal bits.
+    the time of a copy. The sums are added up by one more, small kernel: no atomics, so equal calls give equal bits.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(length, COLUMNS)
