@@ -203,6 +203,21 @@ def _narrowed(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def _program(length, AXIS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which block of columns and group of rows is this program's, and how many blocks there are. Divisions have 32
+    bits: one of 64 takes over a hundred instructions."""
+    program = tl.program_id(0)
+    blocks = tl.cdiv(length, COLUMNS).to(tl.int32)
+    if AXIS == "one":
+        block = program
+        group = program * 0
+    else:
+        block = program % blocks
+        group = program // blocks
+    return block.to(tl.int64), group.to(tl.int64), blocks
+
+
+@triton.jit
 def _place(rows, columns, total, length, AXIS: tl.constexpr):
     """The offsets of a tile, and which of them exist."""
     if AXIS == "one":  # no product with a row, which would hide that tiles start on 16 bytes
@@ -230,7 +245,8 @@ def _scales_of_tile(
 ):
     if AXIS == "rows":
         exists = rows * length < total
-        scale, inverse = _scales(frac_bits_ptr, frac, rows % channels, exists, width, COMPUTE)
+        channel = rows.to(tl.int32) % channels  # of 64 numbers and more: no memory holds 2^31 of them
+        scale, inverse = _scales(frac_bits_ptr, frac, channel, exists, width, COMPUTE)
         scale = scale[:, None]
         inverse = inverse[:, None]
     elif AXIS == "columns":
@@ -271,15 +287,15 @@ def _cast_kernel(
 ):
     """Values, or stored integers.
 
-    Bytes an element: 8 in float32 (read x, write a value or an integer), 4 in 16 bits. Instructions an element: 20 in
-    float32 (rnd_conv, sat), of which two to four, the floors, run at a quarter of the rate; wrap_sm takes up to 40, a
-    random number 15 more. An H200 has time for 55 while it moves 8 bytes, so that at 4.8 TB/s all modes should take the
-    time of a copy: 2^22 numbers in 7 us, where launching takes longer.
+    Bytes an element: 8 in float32 (read x, write a value or an integer), 4 in 16 bits. Instructions an element, all
+    counted for sm_90 in float32: 23 (rnd_conv, sat), 32 (trn, wrap), 49 (rnd_conv, wrap_sm), of which up to four, the
+    floors, run at a quarter of the rate; a random number takes 25 more. An H200 has time for 55 while it moves 8 bytes,
+    27 while it moves 4: float32 should take the time of a copy (2^22 numbers: 7 us at 4.8 TB/s) but for stochastic
+    wrap_sm (74), in 16 bits the costly modes may not.
     """
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(length, COLUMNS)
-    rows = program // blocks * ROWS + tl.arange(0, ROWS)
-    columns = (program if AXIS == "one" else program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+    block, group, _ = _program(length, AXIS, COLUMNS)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    rows = group * ROWS + tl.arange(0, ROWS)
     offset, mask = _place(rows, columns, total, length, AXIS)
     scale, inverse = _scales_of_tile(
         frac_bits_ptr, frac, rows, columns, total, length, inner, channels, width, AXIS, COMPUTE
@@ -351,14 +367,12 @@ def _cast_backward_kernel(
     """Gradients of _cast_kernel, which is computed again: only x was saved.
 
     Bytes an element: 12 in float32 (read grad and x, write grad_x), 6 in 16 bits, and 8 for a sum, one to some 1000
-    elements (of a row of 64, one to 64). Instructions an element: 26 in float32, two of them conversions to float64,
-    which like floors run at a quarter of the rate, two of float64. An H200 has time for 83 while it moves 12 bytes:
-    the time of a copy. The sums are added up by one more, small kernel: no atomics, so equal calls give equal bits.
+    elements (of a row of 64, one to 64). Instructions an element, counted for sm_90: 43 in float32 (rnd_conv, sat), two
+    of them conversions to float64, which like floors run at a quarter of the rate, and two of float64. An H200 has time
+    for 83 while it moves 12 bytes: the time of a copy. The sums are added up by one more, small kernel: no atomics, so
+    equal calls give equal bits.
     """
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(length, COLUMNS)
-    block = program if AXIS == "one" else program % blocks
-    group = program // blocks
+    block, group, blocks = _program(length, AXIS, COLUMNS)
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
     rows = group * ROWS + tl.arange(0, ROWS)
     scale, inverse = _scales_of_tile(
