@@ -41,6 +41,16 @@ FC_INLINE Register floor(Register x) {
 }
 #endif
 
+// The operand order of the minps family: NaN where x is.
+template <class A>
+FC_INLINE V<A> at_most(V<A> bound, V<A> x) {
+  return bound < x ? bound : x;
+}
+template <class A>
+FC_INLINE V<A> at_least(V<A> bound, V<A> x) {
+  return bound > x ? bound : x;
+}
+
 // ---- random numbers: a function of the seed's keys and of the element's index
 // ----------------------------------------
 
@@ -57,25 +67,20 @@ struct Unsigned<double> {
 template <class A>
 using U = typename Unsigned<A>::Vector;
 
-// 32 bits a lane, each a function of all; reference.py's _mix.
-template <class A>
-FC_INLINE U<A> mix(U<A> z) {
-  constexpr uint32_t kLow = 0xffffffff;
-  z = ((z ^ (z >> 16)) * 0x21f0aaad) & kLow;
-  z = ((z ^ (z >> 15)) * 0x735a2d97) & kLow;
-  return z ^ (z >> 15);
-}
+// A step of a Weyl sequence, scrambled: 32 bits a lane, reference.py's uniform. The sequence's own steps are additions.
 template <class A>
 FC_INLINE V<A> random(uint64_t first, const Cast<A>& c) {
   constexpr uint32_t kLow = 0xffffffff;
   U<A> lane;
   for (int k = 0; k < kLanes<A>; ++k) lane[k] = k;
-  const uint32_t low = uint32_t(first), above = uint32_t(first >> 32);
-  const U<A> index = (low + lane) & kLow;
-  const U<A> carried = index < low ? U<A>{} + 0x9e3779b9u : U<A>{};
-  const U<A> key_above = carried + (c.key_above + above * 0x9e3779b9u);
-  const U<A> mixed = mix<A>((mix<A>(index ^ c.key) + key_above) & kLow);
-  return __builtin_convertvector((I<A>)((mixed >> 9) * 2 + 1), V<A>) * A(0x1p-24);
+  const uint32_t low = uint32_t(first), above = uint32_t(first >> 32) * 0x9e3779b9u;
+  U<A> z = lane * c.gamma + (low * c.gamma + c.key + above);
+  if (low > kLow - (kLanes<A> - 1)) z += (U<A>)((lane + low) & kLow) < low ? U<A>{} + 0x9e3779b9u : U<A>{};
+  z &= kLow;
+  z = ((z ^ (z >> 16)) * 0x21f0aaad) & kLow;
+  z = ((z ^ (z >> 15)) * 0x735a2d97) & kLow;
+  z ^= z >> 15;
+  return __builtin_convertvector((I<A>)((z >> 9) * 2 + 1), V<A>) * A(0x1p-24);
 }
 
 // ---- one register
@@ -114,33 +119,31 @@ FC_INLINE V<A> round_magnitude(V<A> a, V<A> x, const Cast<A>& c, uint64_t index)
 
 template <int kBounder, class A>
 FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
-  const V<A> low = splat<A>(c.low), high = splat<A>(c.high);
-  const I<A> outside = (v < low) | (v > high);  // not where NaN
+  const V<A> clamped = at_least<A>(splat<A>(c.low), at_most<A>(splat<A>(c.high), v));  // NaN where v is
   Stored<A> s;
-  s.inside = (v >= low) & (v <= high);
+  s.inside = v == clamped;
   if constexpr (kBounder == kClamp) {
-    s.q = select<A>(v > high, high, v);
-    s.q = select<A>(s.q < low, low, s.q);
+    s.q = clamped;
   } else if constexpr (kBounder == kZeroOutside) {
-    s.q = (V<A>)((I<A>)v & ~outside);
+    s.q = (V<A>)((I<A>)v & (s.inside | (v != v)));
   } else {
+    const I<A> within = s.inside;
     s.inside |= I<A>{} - (c.passes ? 1 : 0);
-    const V<A> m = v - floor(v * c.frequency) * c.period;
+    const V<A> m = v - floor((v + c.offset) * c.frequency) * c.period;  // where v + offset rounds, its floor does not
     if constexpr (kBounder == kModulo) {
-      s.q = m - select<A>(m >= c.half, splat<A>(c.period), V<A>{});
-      if (c.half == c.period) s.q = m;
+      s.q = m;
     } else {
       const I<A> top = m >= c.half;
       const V<A> rest = m - select<A>(top, splat<A>(c.half), V<A>{});
       I<A> sign = v < A(0);
       if constexpr (kBounder == kTopBitsOfFloor) {
         const V<A> y = (V<A>)((I<A>)a ^ ((I<A>)x & (I<A>)splat<A>(A(-0.0))));
-        const V<A> shifted = floor(floor(y) * c.bit);
-        sign = shifted - floor(shifted * A(0.5)) * A(2) == A(1);
+        const V<A> periods = floor(y) * (c.frequency * A(0.5));  // its fraction's first bit is floor(y)'s bit W
+        sign = periods - floor(periods) >= A(0.5);
       }
       const I<A> flip = (sign ^ top ^ (I<A>{} - (c.same ? 1 : 0))) & (I<A>{} - (c.flips ? 1 : 0));
       const V<A> above = select<A>(sign, splat<A>(c.above_negative), splat<A>(c.above_positive));
-      s.q = select<A>(outside, select<A>(flip, c.ones - rest, rest) + above, v);
+      s.q = select<A>(within, v, select<A>(flip, c.ones - rest, rest) + above);
     }
   }
   s.q = s.q + A(0);  // no -0
@@ -149,6 +152,10 @@ FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
 
 template <int kRounder, int kBounder, class A>
 FC_INLINE Stored<A> cast(V<A> x, const Cast<A>& c, uint64_t index) {
+  if constexpr (kRounder == kToEven && kBounder < kModulo) {  // the same for both signs: no way round by magnitudes
+    const V<A> v = to_even(x * c.scale);
+    return bounded<kBounder, A>(v, v, x, c);
+  }
   V<A> a = scaled<A>(x, splat<A>(c.scale), splat<A>(c.least));
   if constexpr (kBounder >= kModulo) {  // infinity: any large number
     const V<A> most = splat<A>(sizeof(A) == 4 ? A(0x1p100) : A(0x1p1000));
@@ -175,15 +182,8 @@ template <class A>
 struct Sums {
   V<double> at[kStep / kLanes<double>] = {};
 
-  FC_INLINE_MEMBER void add(int j, V<float> g, V<float> d) {
-    struct Halves {
-      HalfFloat low, high;
-    } gs, ds;
-    memcpy(&gs, &g, sizeof g);
-    memcpy(&ds, &d, sizeof d);
-    at[2 * j] += __builtin_convertvector(gs.low, V<double>) * __builtin_convertvector(ds.low, V<double>);
-    at[2 * j + 1] += __builtin_convertvector(gs.high, V<double>) * __builtin_convertvector(ds.high, V<double>);
-  }
+  // The product is rounded to float: an error of the incoming gradient's own size, for half of the conversions.
+  FC_INLINE_MEMBER void add(int j, V<float> g, V<float> d) { add_halves(at[2 * j], at[2 * j + 1], g * d); }
   FC_INLINE_MEMBER void add(int j, V<double> g, V<double> d) { at[j] += g * d; }
   FC_INLINE_MEMBER double total() const {
     double s[kStep];
@@ -226,17 +226,28 @@ double backward_row(const A* x, const A* g, A* grad_x, int64_t n, uint64_t index
   return sums.total();
 }
 
+// Adds each of the first `count` lanes to a sum of its own.
+FC_INLINE void add_each(double* sums, V<float> x, int64_t count) {
+  if (count < kLanes<float>) {
+    for (int k = 0; k < count; ++k) sums[k] += x[k];
+    return;
+  }
+  V<double> low = load(sums, Full{}), high = load(sums + kLanes<double>, Full{});
+  add_halves(low, high, x);
+  store(sums, low, Full{});
+  store(sums + kLanes<double>, high, Full{});
+}
+FC_INLINE void add_each(double* sums, V<double> x, int64_t count) {
+  for (int k = 0; k < count && k < kLanes<double>; ++k) sums[k] += x[k];
+}
+
 // The same for columns with a binary point each: x is scaled already, and every column has a sum of its own.
 template <int kRounder, int kBounder, class A>
 void backward_columns(const A* y, const A* g, A* grad_x, double* sums, int64_t n, uint64_t index, Cast<A> c) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     const V<A> y1 = load(y + i, Full{}), g1 = load(g + i, Full{});
     const Stored<A> s = cast<kRounder, kBounder, A>(y1, c, index + i);
-    const V<A> d = (V<A>)((I<A>)y1 & s.inside) - s.q;
-    if (i + kLanes<A> <= n)
-      for (int k = 0; k < kLanes<A>; ++k) sums[i + k] += double(g1[k]) * double(d[k]);
-    else
-      for (int k = 0; k < n - i; ++k) sums[i + k] += double(g1[k]) * double(d[k]);
+    add_each(sums + i, g1 * ((V<A>)((I<A>)y1 & s.inside) - s.q), n - i);
     store(grad_x + i, (V<A>)((I<A>)g1 & s.inside), Full{});
   }
 }
