@@ -67,12 +67,12 @@ def _scales(frac_bits_ptr, frac, channel, mask, width, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _keys(seed_ptr):
-    """Two keys of the seed, by the finaliser of SplitMix64."""
+    """Where the seed's sequence starts and its step, an odd number, by the finaliser of SplitMix64."""
     z = tl.load(seed_ptr).to(tl.uint64, bitcast=True) + tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
     z = (z ^ (z >> 30)) * tl.full((), 0xBF58476D1CE4E5B9, tl.uint64)
     z = (z ^ (z >> 27)) * tl.full((), 0x94D049BB133111EB, tl.uint64)
     z = z ^ (z >> 31)
-    return z.to(tl.uint32), (z >> 32).to(tl.uint32)
+    return z.to(tl.uint32), (z >> 32).to(tl.uint32) | 1
 
 
 @triton.jit
@@ -85,9 +85,9 @@ def _mix(z):
 @triton.jit
 def _uniform(index, seed_ptr, COMPUTE: tl.constexpr):
     """For each 64-bit index a number in (0, 1)."""
-    key, key_above = _keys(seed_ptr)
+    key, gamma = _keys(seed_ptr)
     above = (index >> 32).to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32)
-    mixed = _mix(_mix(index.to(tl.uint32) ^ key) + key_above + above)
+    mixed = _mix(index.to(tl.uint32) * gamma + key + above)
     return ((mixed >> 9) * 2 + 1).to(tl.int32).to(COMPUTE) * tl.full((), 2.0**-24, COMPUTE)
 
 
@@ -289,9 +289,9 @@ def _cast_kernel(
 
     Bytes an element: 8 in float32 (read x, write a value or an integer), 4 in 16 bits. Instructions an element, all
     counted for sm_90 in float32: 23 (rnd_conv, sat), 32 (trn, wrap), 49 (rnd_conv, wrap_sm), of which up to four, the
-    floors, run at a quarter of the rate; a random number takes 25 more. An H200 has time for 55 while it moves 8 bytes,
+    floors, run at a quarter of the rate; a random number takes 18 more. An H200 has time for 55 while it moves 8 bytes,
     27 while it moves 4: float32 should take the time of a copy (2^22 numbers: 7 us at 4.8 TB/s) but for stochastic
-    wrap_sm (74), in 16 bits the costly modes may not.
+    wrap_sm (64), in 16 bits the costly modes may not.
     """
     block, group, _ = _program(length, AXIS, COLUMNS)
     columns = block * COLUMNS + tl.arange(0, COLUMNS)
