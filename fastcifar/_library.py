@@ -430,6 +430,7 @@ for _op, _fake, _vmap, _source in (
 if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
     _triton("spiking", "neuron_forward", "neuron_backward")
     _triton("spectral", "spectral_gate_forward", "spectral_gate_backward", "spectrum_forward", "spectrum_inverse")
+    _triton("fixedpoint", "fixed_quantize", "fixed_to_raw", "fixed_quantize_backward")
     if (Path(__file__).parent / "_cuda.so").exists():  # `make cuda`
         for _op in ("spectral_gate_forward", "spectral_gate_backward"):
             OWNERS[_op, "cuda"] = "CUDA C++, csrc/cuda/spectral.cu, where it has the grid; else Triton"
