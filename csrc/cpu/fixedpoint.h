@@ -45,6 +45,7 @@ struct Cast {
   A period = 1, frequency = 1, offset = 0, half = 0;
   // Of kTopBits: the low bits that stay, and what stands above them in a number that overflowed.
   A ones = 0, above_positive = 0, above_negative = 0;
+  int width = 1;                     // of kTopBitsOfFloor
   bool flips = false, same = false;  // whether the low bits may all change, and when: sign == top, or !=
   bool passes = false;               // the gradient passes out of range as well
   uint32_t key = 0, gamma = 1;       // of stochastic rounding: where its sequence starts, and its step, odd
@@ -71,7 +72,8 @@ struct Cast {
     if (f.overflow == kSatSym && f.is_signed && w > 1) low = -high;
     const bool wraps = f.overflow == kWrap || f.overflow == kWrapSm;
     passes = wraps && f.wrap_gradient;
-    const int kept = f.bounder() == kModulo ? w - 1 : w - (n > 0 ? n : 1);  // low bits that stay
+    // The low bits that stay; of kTopBitsOfFloor one more than the type's.
+    const int kept = f.bounder() == kTopBits ? w - n : f.bounder() == kModulo ? w - 1 : w;
     period = A(two_to(kept + 1));
     frequency = A(two_to(-kept - 1));
     half = A(two_to(kept));
@@ -79,6 +81,7 @@ struct Cast {
     ones = half - 1;
     above_negative = f.is_signed ? A(-two_to(w - 1)) : A(two_to(w) - two_to(kept));
     above_positive = !f.is_signed ? above_negative : n > 1 ? A(two_to(w - 1) - two_to(kept)) : 0;
+    width = w;
     flips = f.overflow == kWrapSm;
     same = n > 1;
     // The finaliser of SplitMix64 makes two keys of the seed.
