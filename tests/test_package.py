@@ -198,5 +198,5 @@ def test_every_public_function_has_an_example_that_runs():
 def test_no_file_is_longer_than_a_reader_can_hold():
     for folder in ("csrc", "kernels", "fastcifar", "tests", "bench", "examples"):
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu"):
+            if "output" not in path.parts and path.suffix in (".py", ".cpp", ".h", ".inl", ".cu"):
                 assert len(path.read_text().splitlines()) <= 450, path
