@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fastcifar import _library
-from fastcifar.earlyexit import CRITERIA, compact, exit_decide, reference, scatter_results
+from fastcifar.earlyexit import CRITERIA, compact, compact_, exit_decide, reference, scatter_results
 
 needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -59,7 +59,7 @@ def test_equals_reference_in_both_bodies(classes, dtype, each_isa):
                             problems.append((isa, options, len(logits)))
                     error, of_eager = (float((t.double() - truth).abs().max()) for t in (ours.score, eager))
                     ulp = torch.finfo(torch.float32).eps * max(1.0, float(truth.abs().max()))
-                    if not error <= 2 * of_eager + ulp:
+                    if len(logits) > 10 and not error <= 2 * of_eager + ulp:  # of one row it is one draw
                         problems.append((isa, options, len(logits), error, of_eager))
 
                 _isas(each_isa, check)
@@ -69,20 +69,17 @@ def test_equals_reference_in_both_bodies(classes, dtype, each_isa):
 @needs_kernel
 @pytest.mark.parametrize("classes", [2, 10, 32, 100, 1000])
 def test_scores_are_within_their_stated_bounds(classes, each_isa):
-    """docs/earlyexit.md states these, against the float64 truth of float32 logits."""
+    """What the docstring of exit_decide says, against the float64 truth of float32 logits."""
     logits = torch.cat([_logits(4096, classes, scale=s) for s in (0.3, 3.0, 30.0)])
-    bounds = {"confidence": 4.0, "margin": 4.0, "entropy": 8.0, "energy": 4.0}
 
     def check(_):
-        for criterion, bound in bounds.items():
-            truth = reference.exit_scores(logits.double(), criterion=criterion).double()
+        for criterion in CRITERIA:
             exact = _exact_scores(logits.double(), criterion)
             ours = exit_decide(logits, 0.5, criterion).score.double()
             # ulps of the score itself, or of 1 where it is a difference of numbers of about 1
             scale = exact.abs() if criterion == "confidence" else exact.abs().clamp(min=1.0)
             ulps = (ours - exact).abs() / (torch.finfo(torch.float32).eps * scale)
-            assert float(ulps.max()) <= bound, (criterion, float(ulps.max()))
-            assert float((truth - exact).abs().max()) <= 1e-5
+            assert float(ulps.max()) <= 4, (criterion, float(ulps.max()))
 
     each_isa(check)
 
@@ -397,6 +394,67 @@ def test_compact_and_scatter_of_no_rows_and_of_all():
     assert torch.equal(scatter_results(x.clone(), none, x[:0]), x)
 
 
+@pytest.mark.parametrize("keep", [[], [0], [0, 1, 2], [1, 2, 5, 9], list(range(10)), [9]], ids=str)
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_compact_in_place(format, keep):
+    """Contiguous tensors and ones whose rows have gaps, which take another way."""
+    index = torch.tensor(keep, dtype=torch.int64)
+    tree = {"x": _images(format), "wide": torch.arange(60.0).view(10, 6)[:, 1:4], "t": torch.arange(10), "no": None}
+    expected = compact(tree, index)
+    out = compact_(tree, index)
+    assert out["no"] is None
+    for name in ("x", "wide", "t"):
+        assert torch.equal(out[name], expected[name])
+        assert not keep or out[name].data_ptr() == tree[name].data_ptr()
+    assert out["x"].is_contiguous(memory_format=format)
+    with pytest.raises(ValueError, match=r"compact_: expected tensors that take no gradient"):
+        compact_(torch.zeros(3, requires_grad=True), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"compact_: expected tensors whose rows do not overlap"):
+        compact_(torch.zeros(1, 2).expand(3, 2), torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"compact_: expected keep_index in ascending order"):
+        compact_(torch.zeros(3, 2), torch.tensor([1, 0]))
+
+
+@needs_kernel
+def test_rows_of_a_large_tree_for_any_number_of_threads(threads):
+    """Rows of one value and of 64 kB, split among threads by rows or, in place, by parts of all rows."""
+    states = [torch.randn(300, *shape) for shape in ((), (3,), (64, 16, 16), (8, 32, 32))]
+    states[3] = states[3].contiguous(memory_format=torch.channels_last)
+    index = (torch.rand(300) < 0.6).nonzero().squeeze(1)
+    for count in (1, 2, 3):
+        threads(count)
+        copies = [t.clone() for t in states]
+        for t, taken, moved in zip(states, compact(states, index), compact_(copies, index), strict=True):
+            assert torch.equal(taken, t[index])
+            assert torch.equal(moved, t[index])
+            assert taken.stride() == moved.stride() == t.stride()
+
+
+def test_compact_in_a_trace_and_under_vmap():
+    x, index = torch.randn(3, 8, 4), torch.tensor([1, 5])
+    compiled = torch.compile(lambda t: compact({"a": t}, index)["a"], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x[0]), x[0][index])
+    assert torch.equal(torch.func.vmap(lambda t: compact(t, index))(x), x[:, index])
+
+
+@needs_kernel
+def test_row_ops_pass_opcheck_and_refuse_by_themselves():
+    ops, x = torch.ops.fastcifar, _images(torch.channels_last)
+    torch.library.opcheck(ops.take_rows.default, ([x, torch.arange(10)], torch.tensor([1, 4])))
+    torch.library.opcheck(ops.move_rows.default, ([x, torch.arange(10)], torch.tensor([1, 4])))
+    for op in (ops.take_rows, ops.move_rows):
+        for tensors, index in (
+            ([x, torch.zeros(9)], torch.tensor([0])),
+            ([x[..., ::2]], torch.tensor([0])),
+            ([x], torch.tensor([10])),
+            ([x], torch.tensor([0]).int()),
+        ):
+            with pytest.raises(RuntimeError, match="expected"):
+                op(tensors, index)
+    with pytest.raises(RuntimeError, match="ascending"):
+        ops.move_rows([x], torch.tensor([1, 0]))
+
+
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_gradient_of_compact_scatters_into_zeros(format):
     x = _images(format).requires_grad_()
@@ -464,7 +522,11 @@ def test_rows_refuse_in_a_sentence(call, error, says):
 
 def test_rows_that_are_not_there_are_refused():
     for index in (torch.tensor([3]), torch.tensor([-1])):
-        with pytest.raises((IndexError, RuntimeError)):
+        with pytest.raises(IndexError):
             compact(torch.zeros(3, 2), index)
+        with pytest.raises(IndexError):
+            compact(torch.zeros(3, 2, requires_grad=True), index)
+        with pytest.raises(IndexError):
+            compact_(torch.zeros(3, 2), index)
         with pytest.raises((IndexError, RuntimeError)):
             scatter_results(torch.zeros(3, 2), index, torch.zeros(1, 2))

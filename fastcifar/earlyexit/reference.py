@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# In the order in which the kernels count them. A confident row has a high confidence or margin, a low entropy or energy.
+# In the order in which the kernels count them. A sure row has a high confidence or margin, a low entropy or energy.
 CRITERIA = ("confidence", "entropy", "margin", "energy")
 RISING = ("confidence", "margin")  # those that exit at or above the threshold
 

@@ -32,7 +32,7 @@ def exit_shares(stages: int, q: float | Sequence[float] | None = None) -> Tensor
     Raises:
         ValueError: ``stages`` is below 1, or q not positive.
 
-    Source: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018, section 5.
+    Source: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018.
 
     Example:
         >>> from fastcifar.earlyexit import exit_shares
