@@ -62,8 +62,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("integer_conv", TORCH_BOX(&fastcifar::integer_conv));
   // earlyexit
   m.impl("exit_decide", TORCH_BOX(&fastcifar::exit_decide));
-  m.impl("take_rows", TORCH_BOX(&fastcifar::take_rows));
-  m.impl("move_rows", TORCH_BOX(&fastcifar::move_rows));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -48,7 +48,5 @@ Tensor integer_conv(Tensor x, Tensor weight, std::vector<int64_t> stride, std::v
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exit_decide(Tensor logits, OptionalTensor thresholds,
                                                                double threshold, int64_t criterion, double temperature,
                                                                bool strict);
-std::vector<Tensor> take_rows(std::vector<Tensor> tensors, Tensor index);
-void move_rows(std::vector<Tensor> tensors, Tensor index);
 
 }  // namespace fastcifar

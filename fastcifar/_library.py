@@ -412,19 +412,6 @@ def _exit_decide_vmap(info, in_dims, logits, thresholds, *rest):
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
 
 
-def _take_rows_fake(tensors, index):
-    results = []
-    for t in tensors:
-        row = t.stride()[1:]
-        row_size = t.shape[1:].numel()
-        results.append(t.new_empty_strided((index.shape[0], *t.shape[1:]), (row_size, *row)))
-    return results
-
-
-def _move_rows_fake(tensors, index):
-    return None
-
-
 _define()
 for _op, _fake, _vmap, _source in (
     ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap, "spiking"),
@@ -440,8 +427,6 @@ for _op, _fake, _vmap, _source in (
     ("fixed_quantize_backward", _fixed_quantize_backward_fake, _fixed_quantize_backward_vmap, "fixedpoint"),
     ("integer_conv", _integer_conv_fake, None, "integer_matmul"),
     ("exit_decide", _exit_decide_fake, _exit_decide_vmap, "earlyexit"),
-    ("take_rows", _take_rows_fake, None, "earlyexit"),
-    ("move_rows", _move_rows_fake, None, "earlyexit"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
     if _vmap is not None:

@@ -1,7 +1,7 @@
 """Early exit: who leaves a batch, and how the rest moves together."""
 
 from . import functional, reference, thresholds
-from .functional import CRITERIA, ExitDecision, compact, compact_, exit_decide, scatter_results
+from .functional import CRITERIA, ExitDecision, compact, exit_decide, scatter_results
 from .thresholds import ParetoFront, exit_shares, find_thresholds, first_exit, pareto
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "ExitDecision",
     "ParetoFront",
     "compact",
-    "compact_",
     "exit_decide",
     "exit_shares",
     "find_thresholds",

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +18,7 @@ from .reference import CRITERIA
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CRITERION = {name: index for index, name in enumerate(CRITERIA)}
 
-__all__ = ["CRITERIA", "ExitDecision", "compact", "compact_", "exit_decide", "scatter_results"]
+__all__ = ["CRITERIA", "ExitDecision", "compact", "exit_decide", "scatter_results"]
 
 
 class ExitDecision(NamedTuple):
@@ -137,7 +135,7 @@ def exit_decide(
         number, tensor = threshold, None
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"exit_decide: expected threshold to be a number or a tensor, got {type(number).__name__}")
-        if math.isnan(number):
+        if number != number:  # which a trace can hold, unlike math.isnan
             raise ValueError("exit_decide: expected threshold to be a number, got nan")
 
     if logits.requires_grad:
@@ -201,84 +199,19 @@ def compact(tree: Any, keep_index: Tensor) -> Any:
     """
     _check_index("compact", "keep_index", keep_index)
     if isinstance(tree, Tensor):
-        return _rows("compact", [tree], keep_index)[0]
+        _check_rows([tree])
+        return _rows(tree, keep_index)
     leaves, form = pytree.tree_flatten(tree)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    results = iter(_rows("compact", tensors, keep_index))
-    return pytree.tree_unflatten([next(results) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
-
-
-def compact_(tree: Any, keep_index: Tensor) -> Any:
-    """:func:`compact` within the memory that the tensors have: rows move to the front, and what is returned are views.
-
-    For states that nobody else looks at, without gradients: the rows after the first ``n`` are left as they happen to
-    be. It allocates nothing, and reads and writes only the rows that move.
-
-    Args:
-        tree: as in :func:`compact`; tensors whose rows overlap (expanded ones) are refused.
-        keep_index: as in :func:`compact`, in ascending order (on a GPU this is not checked).
-
-    Returns:
-        A tree of the same form, of views ``[n, ...]`` of the tensors.
-
-    Raises:
-        TypeError, ValueError, IndexError: as :func:`compact`; a tensor that takes a gradient; rows that overlap or, on
-            a CPU, that are not in ascending order.
-
-    Example:
-        >>> import torch
-        >>> from fastcifar.earlyexit import compact_
-        >>> v = torch.arange(4.0)
-        >>> compact_(v, torch.tensor([1, 3])).tolist(), v.tolist()
-        ([1.0, 3.0], [1.0, 3.0, 2.0, 3.0])
-    """
-    op = "compact_"
-    _check_index(op, "keep_index", keep_index)
-    leaves, form = pytree.tree_flatten(tree)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    _check_rows(op, tensors)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise ValueError(f"{op}: expected tensors that take no gradient; compact has one")
-    if any(0 in t.stride() and t.numel() > 1 for t in tensors):
-        raise ValueError(f"{op}: expected tensors whose rows do not overlap")
-    index = keep_index.long()
-    if keep_index.is_cpu and bool((index.diff() <= 0).any()):
-        raise ValueError(f"{op}: expected keep_index in ascending order")
-    if _moves_rows("move_rows", tensors):
-        _checked(op, torch.ops.fastcifar.move_rows.default, tensors, index)
-    else:
-        for t in tensors:
-            t.narrow(0, 0, len(index)).copy_(reference.compact(t, index))
-    views = iter([t.narrow(0, 0, len(index)) for t in tensors])
-    return pytree.tree_unflatten([next(views) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form)
-
-
-def _rows(op: str, tensors: list[Tensor], index: Tensor) -> list[Tensor]:
-    """The rows of tensors: in one call of one op where no gradient is recorded and no row has gaps."""
-    _check_rows(op, tensors)
-    if _moves_rows("take_rows", tensors) and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return _checked(op, torch.ops.fastcifar.take_rows.default, tensors, index.long())
-    return [reference.compact(t, index) for t in tensors]
-
-
-def _moves_rows(kernel: str, tensors: list[Tensor]) -> bool:
-    if not tensors or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(
-        _library.serves(kernel, t)
-        and (t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)))
-        for t in tensors
+    _check_rows([leaf for leaf in leaves if isinstance(leaf, Tensor)])
+    return pytree.tree_unflatten(
+        [_rows(leaf, keep_index) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
     )
 
 
-def _checked(op: str, call: Any, tensors: list[Tensor], index: Tensor) -> Any:
-    try:
-        return call(tensors, index.contiguous())
-    except RuntimeError as error:
-        found = re.search(r"expected rows below \d+, got row -?\d+", str(error))
-        if found is None:
-            raise
-        raise IndexError(f"{op}: {found[0]}") from error
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    # No kernel of ours: index_select moves rows at the speed of the memory, and one call for a whole tree, or rows that
+    # move within their tensor, were not measurably faster.
+    return x.index_select(0, index) if x.is_contiguous() else reference.compact(x, index)
 
 
 def scatter_results(out: Any, index: Tensor, rows: Any, *, inplace: bool = True) -> Any:
@@ -333,8 +266,8 @@ def _check_index(op: str, name: str, index: Tensor) -> None:
         raise ValueError(f"{op}: expected {name} to have one dimension, got {tuple(index.shape)}")
 
 
-def _check_rows(op: str, tensors: list[Tensor]) -> None:
+def _check_rows(tensors: list[Tensor]) -> None:
     for t in tensors:
         if t.dim() == 0 or tensors[0].dim() == 0 or t.shape[0] != tensors[0].shape[0]:
             rows = tensors[0].shape[0] if tensors[0].dim() else "B"
-            raise ValueError(f"{op}: expected tensors [{rows}, ...], got {tuple(t.shape)}")
+            raise ValueError(f"compact: expected tensors [{rows}, ...], got {tuple(t.shape)}")

@@ -55,7 +55,7 @@ def exit_decide(
 
 def compact(x: Tensor, keep_index: Tensor) -> Tensor:
     """Rows of x, in its order of dimensions in memory."""
-    order = sorted(range(1, x.dim()), key=lambda d: -x.stride(d))
+    order = sorted(range(1, x.dim()), key=lambda d: -x.stride()[d])
     back = [0] * x.dim()
     for place, d in enumerate([0, *order]):
         back[d] = place
