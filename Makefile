@@ -30,7 +30,7 @@ $(INSTALLED): $(CONSTRAINTS) bench/peers.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -c $(CONSTRAINTS) torch numpy setuptools wheel ninja pybind11
 	@$(PIP) --no-deps -r bench/peers.txt
-	@rm -f $(VENV)/installed-* $(VENV)/built-*
+	@rm -rf $(VENV)/installed-* $(VENV)/built-* build/objects
 	@touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)

@@ -49,6 +49,29 @@ def host_extension():
     )
 
 
+def incremental_build():
+    """Ninja in folders that stay: an editable install builds in a temporary one, and so everything, each time. The raw
+    kernels, most of the work, are compiled for the extension and linked into the numpy bindings as well."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            if not os.environ.get("FASTCIFAR_SANITIZE"):
+                self.build_temp = "build/objects"
+
+        def build_extension(self, ext):
+            root = self.build_temp
+            kernels = [Path(root, "_C", source).with_suffix(".o") for source in build_config.KERNEL_SOURCES]
+            if ext.name == "fastcifar._host":
+                ext.extra_objects = [str(kernel) for kernel in kernels]
+            self.build_temp = str(Path(root, ext.name.rpartition(".")[2]))
+            super().build_extension(ext)
+            self.build_temp = root
+
+    return Build.with_options(use_ninja=True)
+
+
 def why_pure():
     """What is missing for the extension, or None."""
     if importlib.util.find_spec("torch") is None:
@@ -62,15 +85,13 @@ def main() -> None:
         print(f"fastcifar: building without the C++ extension, because {reason}: ops run their PyTorch references")
         setup()
         return
-    from torch.utils.cpp_extension import BuildExtension
-
     version = re.search(r'^version = "(.+)"', Path("pyproject.toml").read_text(), re.M).group(1)
     extensions = [torch_extension(version)]
     if os.environ.get("FASTCIFAR_HOST") == "1":
         extensions.append(host_extension())
     setup(
         ext_modules=extensions,
-        cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+        cmdclass={"build_ext": incremental_build()},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

@@ -35,10 +35,13 @@ if command -v compute-sanitizer >/dev/null; then
       "$python" -m pytest -q tests/conformance.py -k "cuda and (small_sizes or subset_of_gradients)"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool-spectral" compute-sanitizer --tool "$tool" --error-exitcode 66 \
       "$python" -m pytest -q tests/test_triton_spectral.py -k "layouts or runs_of_images"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool-fixedpoint" compute-sanitizer --tool "$tool" --error-exitcode 66 \
+      "$python" -m pytest -q tests/test_triton_fixedpoint.py -k "channels_last or several_tiles or range"
   done
 fi
 
 step spectral "$python" bench/gpu_spectral.py "$out/spectral.json"
+step fixedpoint "$python" bench/gpu_fixedpoint.py "$out/fixedpoint.json"
 FASTCIFAR_BENCH_DEVICE=cuda step bench "$python" -m pytest bench --benchmark-json="$out/results.json"
 [ "$failed" = 0 ] && echo "gpu-check: all passed; results in $out"
 exit "$failed"

@@ -21,7 +21,7 @@ from fastcifar import _library
 
 COPY_BYTES = 256 << 20  # of each buffer, or four times the last-level cache where that is more
 REPEATS = 12
-PACKAGES = ("torch", "triton", "numpy", "spikingjelly", "snntorch", "fastcifar")
+PACKAGES = ("torch", "triton", "numpy", "spikingjelly", "snntorch", "brevitas", "fastcifar")
 
 
 def describe() -> dict[str, Any]:

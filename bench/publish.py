@@ -17,12 +17,14 @@ import plots
 from paired import duration
 from report import HERE, Case, Results, load, markdown_table
 
+from fastcifar.fixedpoint import OVERFLOWS, ROUNDINGS
+
 ROOT = HERE.parent
 RUN = HERE / "report" / "bench.json"
 
 
-def compact(cases: list[Case]) -> str:
-    """A line a workload: time and multiple of the floor for each candidate, and ours beside the peers'."""
+def compact(cases: list[Case], ratios: bool = False) -> str:
+    """A line a workload: time and multiple of the floor for each candidate and, with ``ratios``, of ours."""
     names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.role != "floor"))
     cells = [["", *names, "floor"]]
     for case in cases:
@@ -30,7 +32,11 @@ def compact(cases: list[Case]) -> str:
         line = [f"{case.title}, {case.mode}"]
         for name in names:
             row = rows.get(name)
-            line.append("" if row is None or row.seconds is None else f"{duration(row.seconds)} ({row.floors:.1f})")
+            if row is None or row.seconds is None:
+                line.append("")
+                continue
+            times_ours = f"; {row.behind:.1f}" if ratios and row.role != "ours" and row.behind is not None else ""
+            line.append(f"{duration(row.seconds)} ({row.floors:.1f}{times_ours})")
         cells.append([*line, duration(case.floor)])
     return markdown_table(cells)
 
@@ -100,6 +106,7 @@ def publish(results: Results) -> None:
         page = caption.replace("; in brackets the multiple of the floor", "") + "\n\n".join(map(markdown_table, found))
         insert(ROOT / "docs" / "spiking.md", marker, page)
     publish_spectral(results, caption)
+    publish_fixedpoint(results, caption)
     for family, prefix in (("spiking", "grid"), ("spectral", "grid-spectral")):
         grid = HERE / "results" / f"{prefix}-{name}.md"
         if grid.exists():
@@ -118,6 +125,32 @@ def publish_spectral(results: Results, caption: str) -> None:
     named = [replace(case, workload=f"{case.op}, {case.workload}") for case in others]
     insert(page, "mixers", caption + compact(named))
     insert(page, "training", "\n\n".join(map(markdown_table, family["overhead"])))
+
+
+def publish_fixedpoint(results: Results, caption: str) -> None:
+    if "fixedpoint" not in results.families:
+        return
+    family, page = results.families["fixedpoint"], ROOT / "docs" / "fixedpoint.md"
+    plain = caption.replace("; in brackets the multiple of the floor", "")
+    both = caption.replace("the multiple of the floor", "the multiples of the floor and of our time")
+    casts = [case for case in family["cases"] if case.op == "quantize_trainable"]
+    for path in (page, ROOT / "README.md") if casts else ():
+        insert(path, "fixedpoint", both + compact(casts, ratios=True))
+    tables = family["overhead"]
+    modes = [by_modes(cells) for cells in tables if cells[0][0].startswith("every mode")]
+    products = [cells for cells in tables if cells[0][0].startswith("integer ")]
+    for marker, found in (("modes", modes), ("products", products)):
+        if not found:  # in a run of a part
+            continue
+        insert(page, marker, plain + "\n\n".join(map(markdown_table, found)))
+
+
+def by_modes(cells: list[list[str]]) -> list[list[str]]:
+    """The table of every mode, a line a candidate named "rounding, overflow", as lines of roundings and columns of
+    overflows: the multiple of the time of the fastest, which is the first candidate."""
+    relative = {tuple(name.split(", ")): ratio for name, _, ratio, *_ in cells[1:]}
+    head = f"{cells[0][0]}: times the {cells[1][1]} of the fastest"
+    return [[head, *OVERFLOWS], *([rounding, *(relative[rounding, o] for o in OVERFLOWS)] for rounding in ROUNDINGS)]
 
 
 def main() -> int:

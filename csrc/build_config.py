@@ -12,7 +12,7 @@ ISAS = ["baseline", "avx2", "avx512"]
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.
 KERNEL_SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/cpu/fft_plan.cpp", *[f"csrc/cpu/isa/{isa}.cpp" for isa in ISAS]]
 EXTENSION_SOURCES = ["csrc/ops.cpp", *[f"csrc/cpu/{family}.cpp" for family in FAMILIES], *KERNEL_SOURCES]
-HOST_SOURCES = ["csrc/host/bindings.cpp", *KERNEL_SOURCES]
+HOST_SOURCES = ["csrc/host/bindings.cpp"]  # and the objects of KERNEL_SOURCES
 HEADERS = [
     "csrc/butterflies.h",
     "csrc/common.h",
@@ -25,6 +25,7 @@ HEADERS = [
     "fastcifar/_schemas.inc",
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
+    "csrc/cpu/cast.inl",  # of fixedpoint
     *[f"csrc/cpu/{part}" for part in ("fft.inl", "codelets.inl", "grid.inl")],  # of spectral
 ]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A small ResNet on CIFAR-10 in fixed point: float, quantized after training, and trained in fixed point.
 
-    python examples/fixedpoint_cifar10.py --quick     # the bundled sample, some minutes on two cores
+    python examples/fixedpoint_cifar10.py --quick     # the bundled sample, two minutes on two cores
     python examples/fixedpoint_cifar10.py             # the full set: `make data DATA=folder` first, or --data folder
 
 The float network is trained first. ``fastcifar.fixedpoint.convert`` then makes a copy in which every layer is of fixed
@@ -10,12 +10,17 @@ output of 4, 6 or 8 bits (the input has 8, the class scores 12, scales of batch 
 points are set from one batch: that is quantization after training. Then it is trained on, binary points and all.
 
 Accuracy is that of integers: in evaluation mode no layer computes in floats. The table and the plot
-(examples/output/fixedpoint_cifar10.png) show it at each width. Exit status 1 means that the integers and the floats of
-training differ anywhere, or that training at a width did not bring the loss down.
+(examples/output/fixedpoint_cifar10.png) show it at each width. Each trained network is then written as C++ over
+``ap_fixed`` types (``to_hls``, examples/output/fixedpoint_cifar10_hls), compiled with g++, and run on test images; the
+table says how many of its class scores are not PyTorch's to the bit. ``--ap-types`` compiles it with the FPGA tool's
+own headers in place of ours. Exit status 1 means that a score or, between the integers and the floats of training, a
+number differs anywhere, or that training at a width did not bring the loss down.
 """
 
 import argparse
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,10 +37,12 @@ from spiking_cifar10 import load
 from torch import Tensor, nn
 
 from fastcifar.data import normalize
-from fastcifar.fixedpoint import FixedConfig, FixedTensor, convert
+from fastcifar.fixedpoint import FixedConfig, FixedTensor, convert, to_hls
 
 OUTPUT = Path(__file__).parent / "output" / "fixedpoint_cifar10.png"
-WIDTHS = (4, 6, 8)
+HLS = OUTPUT.with_name("fixedpoint_cifar10_hls")
+HAS_COMPILER = bool(shutil.which("g++") and shutil.which("make"))
+WIDTHS = [4, 6, 8]
 
 
 class Block(nn.Module):
@@ -118,13 +125,25 @@ def same_numbers(model: nn.Module, images: Tensor) -> bool:
     return torch.equal(integers, floats)
 
 
-def plot(float_accuracy: float, after: list[float], trained: list[float]) -> None:
+def exported(model: nn.Module, images: Tensor, folder: Path, ap_types: str | None) -> str:
+    """How many scores of the C++ are not PyTorch's, "0 of ...", or where it fails."""
+    shutil.rmtree(folder, ignore_errors=True)
+    to_hls(model.eval(), folder, normalize(images))
+    if not HAS_COMPILER:
+        return "not compiled: no g++ or no make"
+    command = ["make", "-s", "-C", str(folder), "test"]
+    command += [f"AP_TYPES={Path(ap_types).resolve()}", "CXXFLAGS=-O2 -w"] if ap_types else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stdout or done.stderr).strip().splitlines()[-1].removesuffix(" outputs differ")
+
+
+def plot(widths: list[int], float_accuracy: float, after: list[float], trained: list[float]) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(100 * float_accuracy, color="gray", linestyle="--", label="float32")
-    axes.plot(WIDTHS, [100 * a for a in after], marker="o", label="quantized after training")
-    axes.plot(WIDTHS, [100 * a for a in trained], marker="s", label="trained in fixed point")
-    axes.set(xlabel="bits of weights and outputs", ylabel="test accuracy in %", xticks=WIDTHS, ylim=(0, None))
+    axes.plot(widths, [100 * a for a in after], marker="o", label="quantized after training")
+    axes.plot(widths, [100 * a for a in trained], marker="s", label="trained in fixed point")
+    axes.set(xlabel="bits of weights and outputs", ylabel="test accuracy in %", xticks=widths, ylim=(0, None))
     axes.set_title("A ResNet on CIFAR-10, every layer in fixed point")
     axes.legend()
     OUTPUT.parent.mkdir(exist_ok=True)
@@ -135,19 +154,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="train on 800 images of the bundled sample, test on 200")
     parser.add_argument("--data", help="folder of the CIFAR-10 binary version (default: see fastcifar.data)")
-    parser.add_argument("--epochs", type=int, help="of the float network (default: 20; 40 with --quick)")
+    parser.add_argument("--images", type=int, help="of those to train on (default: all)")
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="bits (default: 4 6 8)")
+    parser.add_argument("--epochs", type=int, help="of the float network (default: 20; 30 with --quick)")
     parser.add_argument("--tuning", type=int, help="epochs in fixed point, a width (default: 5; 8 with --quick)")
     parser.add_argument("--batch-size", type=int, help="images a step (default: 128; 50 with --quick)")
     parser.add_argument("--channels", type=int, help="of the first stage (default: 16; 8 with --quick)")
     parser.add_argument("--blocks", type=int, help="a stage (default: 3; 1 with --quick)")
+    parser.add_argument("--exported", type=int, default=10, help="test images to run through the C++ (default: 10)")
+    parser.add_argument("--ap-types", help="folder of the FPGA tool's ap_fixed.h (default: ours)")
     args = parser.parse_args()
-    args.epochs = args.epochs or (40 if args.quick else 20)
+    args.epochs = args.epochs or (30 if args.quick else 20)
     args.tuning = args.tuning or (8 if args.quick else 5)
     args.batch_size = args.batch_size or (50 if args.quick else 128)
     try:
         images, labels, test_images, test_labels = load(args)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"{error}. Or run --quick, which needs the bundled sample only.")
+    images, labels = images[: args.images], labels[: args.images]
     if len(images) < args.batch_size:
         parser.error(f"{len(images)} images are no batch of {args.batch_size}")
 
@@ -156,11 +180,11 @@ def main() -> None:
     begin = time.perf_counter()
     train(model, images, labels, args.epochs, args.batch_size, 5e-3)
     float_accuracy = accuracy(model, test_images, test_labels)
-    table = Table("bits", "after training", "trained", "seconds", "first loss", "last loss")
-    table.add_row("float32", "", f"{float_accuracy:.1%}", f"{time.perf_counter() - begin:.1f}", "", "")
+    table = Table("bits", "after training", "trained", "seconds", "first loss", "last loss", "C++ scores off")
+    table.add_row("float32", "", f"{float_accuracy:.1%}", f"{time.perf_counter() - begin:.1f}", "", "", "")
 
     after, trained, wrong = [], [], []
-    for width in WIDTHS:
+    for width in args.widths:
         begin = time.perf_counter()
         fixed = convert(model, FixedConfig(width=width), normalize(images[:250]))
         after.append(accuracy(fixed, test_images, test_labels))
@@ -169,15 +193,17 @@ def main() -> None:
         tenth = max(1, len(losses) // 10)
         first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
         seconds = time.perf_counter() - begin
-        table.add_row(
-            str(width), f"{after[-1]:.1%}", f"{trained[-1]:.1%}", f"{seconds:.1f}", f"{first:.4f}", f"{last:.4f}"
-        )
+        verdict = exported(fixed, test_images[: args.exported], HLS / f"{width}_bits", args.ap_types)
+        figures = f"{after[-1]:.1%}", f"{trained[-1]:.1%}", f"{seconds:.1f}", f"{first:.4f}", f"{last:.4f}"
+        table.add_row(str(width), *figures, verdict)
         if not last < first:
             wrong.append(f"at {width} bits the loss did not fall from {first:.4f}")
         if not same_numbers(fixed, test_images[:200]):
             wrong.append(f"at {width} bits the integers are not the floats of training")
+        if HAS_COMPILER and not verdict.startswith("0 of "):
+            wrong.append(f"at {width} bits the C++ says: {verdict}")
     Console().print(table)
-    plot(float_accuracy, after, trained)
+    plot(args.widths, float_accuracy, after, trained)
     print(f"{len(images):,} images, {len(test_images):,} to test; accuracy by width: {OUTPUT}")
     if wrong:
         sys.exit(f"Something is wrong: {'; '.join(wrong)}.")

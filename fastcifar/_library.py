@@ -395,6 +395,17 @@ def _integer_conv_fake(x, weight, stride, padding, dilation, groups, wide):
     return x.new_empty((x.shape[0], *out, weight.shape[0]), dtype=torch.int64 if wide else torch.int32)
 
 
+def _integer_conv_vmap(info, in_dims, x, weight, *geometry):
+    """More images where x alone is mapped; weights of their own are taken one after the other."""
+    call, size = torch.ops.fastcifar.integer_conv, info.batch_size
+    x_dim, weight_dim = in_dims[:2]
+    if weight_dim is None:
+        return call(_joined(x, x_dim, 0, size), weight, *geometry).unflatten(0, (size, -1)), 0
+    each = [call(x if x_dim is None else x.select(x_dim, i), weight.select(weight_dim, i), *geometry)
+            for i in range(size)]  # fmt: skip
+    return torch.stack(each), 0
+
+
 # ---- earlyexit -------------------------------------------------------------------------------------------------------
 # Each sample of a vmapped dimension is a batch with lists of rows of its own.
 
@@ -425,7 +436,7 @@ for _op, _fake, _vmap, _source in (
     ("fixed_quantize", _fixed_quantize_fake, _fixed_quantize_vmap, "fixedpoint"),
     ("fixed_to_raw", _fixed_to_raw_fake, _fixed_to_raw_vmap, "fixedpoint"),
     ("fixed_quantize_backward", _fixed_quantize_backward_fake, _fixed_quantize_backward_vmap, "fixedpoint"),
-    ("integer_conv", _integer_conv_fake, None, "integer_matmul"),
+    ("integer_conv", _integer_conv_fake, _integer_conv_vmap, "integer_matmul"),
     ("exit_decide", _exit_decide_fake, _exit_decide_vmap, "earlyexit"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
@@ -437,6 +448,7 @@ for _op, _fake, _vmap, _source in (
 if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
     _triton("spiking", "neuron_forward", "neuron_backward")
     _triton("spectral", "spectral_gate_forward", "spectral_gate_backward", "spectrum_forward", "spectrum_inverse")
+    _triton("fixedpoint", "fixed_quantize", "fixed_to_raw", "fixed_quantize_backward")
     _triton("earlyexit", "exit_decide")
     if (Path(__file__).parent / "_cuda.so").exists():  # `make cuda`
         for _op in ("spectral_gate_forward", "spectral_gate_backward"):

@@ -33,7 +33,7 @@ class OpSpec:
     """One public function and everything that is promised of it.
 
     Attributes:
-        name, family: ``fastcifar.<family>.functional.<name>``.
+        name, family: ``fastcifar.<family>.functional.<name>``, or in a module beside that one.
         function, reference: the function and its plain PyTorch twin, of one signature, returning a tuple.
         sample: ``(size, dtype, device, seed)`` to tensor arguments by name, the first one always among them; sizes are
             ``"empty"``, ``"one"``, ``"prime"`` and ``"large"``.
@@ -54,7 +54,7 @@ class OpSpec:
             where the op has no module of its own.
         bad_inputs: calls that must be refused.
         smooth: the op has derivatives of any order, which gradcheck confirms; otherwise a second one is refused.
-        dtypes: dtypes of the inputs.
+        dtypes: dtypes of the inputs; integers where the op takes no others, and then has no gradient.
         layouts: names of conformance.LAYOUTS that every dtype is run in, where the kernel shares its walk over memory
             with that of another op, which is run in all; None for all.
     """

@@ -248,6 +248,86 @@ def spectral() -> Iterator[Entry]:
         yield entry(large._columns_backward_kernel, side, side, SPECTRUM=side == 64, WANTS_X=True)
 
 
+def fixedpoint() -> Iterator[Entry]:
+    """The kernels that kernels/fixedpoint.py launches: every mode, layout of binary points and dtype, and pairs of
+    those that meet in more than a conversion. What a type is made of besides its modes are arguments, not kernels."""
+    import torch
+    import triton.language as tl
+
+    from . import fixedpoint as family
+    from . import fixedpoint_kernels as kernels
+
+    floats = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    flags = (True, False)
+    # Shapes and strides of x, with a binary point for each index of dimension 1 where there is more than one.
+    layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+        "number": ((2**20,), (1,)),
+        "one": ((2**20,), (1,)),
+        "rows": ((16, 256, 64), (16384, 64, 1)),
+        "long rows": ((16, 16, 4096), (65536, 4096, 1)),
+        "columns": ((256, 192), (192, 1)),
+    }
+    factors: dict[str, Sequence[Any]] = {
+        "rounding": range(8),
+        "overflow": range(5),
+        "saturated_bits": (0, 1, 2),
+        "x": tuple(floats),
+        "width": (8, 32),
+        "points": tuple(layouts),
+        "state": ("fp32", "fp64"),
+        **dict.fromkeys(("signed", "aligned"), flags),
+    }
+    few = {"rounding": ("width", "x"), "overflow": ("width", "signed", "saturated_bits"), "state": ("points",)}
+    usual: dict[str, Any] = {"rounding": 4, "overflow": 0, "saturated_bits": 0, "x": torch.float32, "width": 8}
+    usual |= {"points": "one", "state": "fp32", "signed": True, "aligned": True}
+    for kernel, more in (
+        (kernels._cast_kernel, {"RAW": flags}),
+        (kernels._cast_backward_kernel, {"PASSES": flags, "wants": ("x", "frac_bits", "both")}),
+    ):
+        first = {**usual, **{name: values[-1] for name, values in more.items()}}
+        for row in covering({**factors, **more}, [first], few):
+            signed = row["signed"] or row["overflow"] == 4
+            shape, strides = layouts[row["points"]]
+            frac_bits = None
+            if row["points"] != "number":
+                frac_bits = torch.empty([shape[1], *[1] * (len(shape) - 2)] if len(shape) > 1 else (), device="meta")
+            compute = family.compute_type(row["x"], row["width"])
+            walk = family.plan(frac_bits, torch.Size(shape), strides, row["x"].itemsize, compute)
+            values: dict[str, Any] = family.modes(signed, row["rounding"], row["overflow"], row["saturated_bits"])
+            values |= walk.constexprs()
+            x = f"*{floats[row['x']]}:16"
+            pointers = {
+                **dict.fromkeys(("x_ptr", "out_ptr", "grad_ptr", "grad_x_ptr"), x),
+                "frac_bits_ptr": None if frac_bits is None else f"*{row['state']}:16",
+                "seed_ptr": "*i64:16" if values["ROUNDING"] == "stochastic" else None,
+                "sums_ptr": "*fp64:16",
+            }
+            if kernel is kernels._cast_kernel:
+                raw = "i64" if row["width"] == 32 and not signed else "i32"
+                pointers["out_ptr"] = f"*{raw}:16" if row["RAW"] else x
+                values["RAW"] = row["RAW"]
+            else:
+                wants = row["wants"] if frac_bits is not None else "x"
+                pointers["grad_x_ptr"] = None if wants == "frac_bits" else x
+                pointers["sums_ptr"] = None if wants == "x" else "*fp64:16"
+                values["PASSES"] = row["PASSES"] and values["OVERFLOW"] in ("wrap", "wrap_sm")
+            multiple = ":16" if row["aligned"] else ""
+            signature = {"total": "i64" + multiple, "length": "i64" + multiple}
+            for name in kernel.arg_names:
+                if name in pointers and pointers[name] is not None:
+                    signature[name] = str(pointers[name])
+                elif name in pointers:
+                    values[name] = None
+                elif name not in signature and name not in values:
+                    signature[name] = "i32"
+            what = [f"{name}={values[name]}" for name in ("ROUNDING", "OVERFLOW", "N")]
+            what += [str(row["points"]), x[1:5], *[name for name in ("SIGNED", "RAW", "PASSES") if values.get(name)]]
+            what += ["float64"] * (compute == tl.float64) + ["unaligned"] * (not row["aligned"])
+            options = dict(family.HOW)
+            warps = options.pop("num_warps")
+            yield Entry(kernel, signature, values, warps, " ".join([kernel.__name__, *what]), options, exact=True)
+
+
 def earlyexit() -> Iterator[Entry]:
     """The kernels of kernels/earlyexit_kernels.py, as kernels/earlyexit.py launches them."""
     import triton.language as tl
@@ -287,7 +367,7 @@ def earlyexit() -> Iterator[Entry]:
     yield Entry(kernels._exit_lists_kernel, signature, constexprs, 4, "_exit_lists_kernel")
 
 
-FAMILIES = {"spiking": spiking, "spectral": spectral, "earlyexit": earlyexit}
+FAMILIES = {"spiking": spiking, "spectral": spectral, "fixedpoint": fixedpoint, "earlyexit": earlyexit}
 
 
 def entries(families: Sequence[str] = tuple(FAMILIES)) -> list[Entry]:
@@ -325,6 +405,8 @@ def compile_entry(entry: Entry, arch: int) -> Compiled:
     )
     if entry.exact and "fma." in binary.asm["ptx"]:
         raise ValueError("a multiply and an add were fused, and the result is no longer the reference's")
+    if entry.exact and re.search(r"(?<!cvt\.rmi)\.ftz", binary.asm["ptx"]):  # all floors do, whose own business it is
+        raise ValueError("subnormal numbers are flushed to 0, and the result is no longer the reference's")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])

@@ -18,11 +18,13 @@ SPECS = all_specs()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+by_float_spec = pytest.mark.parametrize(
+    "spec", [s for s in SPECS if s.dtypes[0].is_floating_point], ids=lambda s: s.name
+)
 by_differentiable = pytest.mark.parametrize("spec", [s for s in SPECS if s.differentiable], ids=lambda s: s.name)
 by_device = pytest.mark.parametrize("device", DEVICES)
 # What is promised of the kernels and not of PyTorch itself, on which the references run.
 needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
-by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 
 def _channels_last(t):
@@ -51,8 +53,18 @@ LAYOUTS = {
 }
 
 
+def _named(parameter):
+    return getattr(parameter, "name", None) or str(parameter)
+
+
+by_spec_and_dtype = pytest.mark.parametrize(("spec", "dtype"), [(s, d) for s in SPECS for d in s.dtypes], ids=_named)
 by_spec_and_layout = pytest.mark.parametrize(
-    ("spec", "layout"), [(s, n) for s in SPECS for n in s.layouts or LAYOUTS], ids=lambda p: getattr(p, "name", p)
+    ("spec", "layout"), [(s, n) for s in SPECS for n in s.layouts or LAYOUTS], ids=_named
+)
+by_spec_dtype_and_layout = pytest.mark.parametrize(
+    ("spec", "dtype", "layout"),
+    [(s, d, n) for s in SPECS for d in s.dtypes for n in s.layouts or LAYOUTS],
+    ids=_named,
 )
 
 
@@ -80,16 +92,14 @@ def _agree(spec, inputs, each_isa, device, options=None):
     assert not problems, "\n".join(problems)
 
 
-@by_spec_and_layout
+@by_spec_dtype_and_layout
 @by_device
-@by_dtype
 def test_equals_reference_in_every_layout(spec, device, dtype, layout, each_isa):
     _agree(spec, _inputs(spec, "prime", dtype, device, layout), each_isa, device)
 
 
-@by_spec
+@by_spec_and_dtype
 @by_device
-@by_dtype
 @pytest.mark.parametrize("size", ["empty", "one"])
 def test_equals_reference_in_small_sizes(spec, device, dtype, size, each_isa):
     _agree(spec, _inputs(spec, size, dtype, device), each_isa, device)
@@ -141,7 +151,7 @@ def test_same_bits_for_any_thread_count_instruction_set_and_repetition(spec, dev
         assert all(identical(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
-@by_spec
+@by_float_spec
 @by_device
 def test_nan_and_infinity_propagate_as_in_the_reference(spec, device, each_isa):
     inputs = _inputs(spec, "prime", torch.float32, device)
@@ -188,9 +198,8 @@ def _raw_calls(spec, inputs, options):
 
 
 @needs_kernel
-@by_spec
+@by_spec_and_dtype
 @by_device
-@by_dtype
 def test_opcheck(spec, device, dtype):
     whole = spec.layouts is None  # the others have the same registrations
     for options in spec.options[0 if whole else 1 : 2]:
@@ -293,7 +302,7 @@ def test_torch_func_grad(spec, device):
 def test_vmap_equals_a_loop(spec, device, in_dim):
     inputs = _inputs(spec, "prime", torch.float32, device)
     first = next(iter(inputs))
-    batch = torch.stack([inputs[first] * scale for scale in (0.5, 1.0, 1.5)]).movedim(0, in_dim)
+    batch = torch.stack([(inputs[first] * scale).to(inputs[first]) for scale in (0.5, 1.0, 1.5)]).movedim(0, in_dim)
     for options in spec.options:
         rest = {n: t for n, t in inputs.items() if n != first and n not in options}
 

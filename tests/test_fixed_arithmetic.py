@@ -374,3 +374,60 @@ def test_types_print_as_in_the_tool():
     assert str(FixedType(8, 4, False, "rnd", "wrap")) == "ap_ufixed<8, 4, AP_RND>"
     assert str(FixedType(8, 4, True, "trn", "sat")) == "ap_fixed<8, 4, AP_TRN, AP_SAT>"
     assert str(FixedType(8, 4, True, "trn", "wrap_sm", 2)) == "ap_fixed<8, 4, AP_TRN, AP_WRAP_SM, 2>"
+
+
+@pytest.mark.parametrize(
+    "type",
+    [
+        FixedType(8, 3, rounding="rnd_conv", overflow="sat"),
+        FixedType(5, 7, signed=False, rounding="trn_zero", overflow="sat_zero"),
+        FixedType(32, -4, signed=False),
+        FixedType(9, 2, rounding="rnd", overflow="wrap_sm", saturated_bits=2),
+    ],
+    ids=str,
+)
+def test_a_cast_from_floats_is_that_of_a_finer_type(type):
+    """Floats with 20 bits after the binary point are integers on that grid, which :func:`recast` casts."""
+    raw = torch.randint(-(1 << 24), 1 << 24, (1000,), generator=torch.Generator().manual_seed(0))
+    x = raw.double() * 2.0**-20
+    out = FixedTensor.from_float(x, type)
+    assert out.type == type
+    assert torch.equal(out.raw, FixedTensor(raw, FixedType(26, 6)).cast(type).raw)
+    FixedTensor(out.raw, type)  # in range
+    assert torch.equal(FixedTensor.from_float(out.float(torch.float64), type).raw, out.raw)
+
+
+def test_a_cast_from_floats_at_random_and_what_it_refuses():
+    chance = FixedType(8, 4, rounding="stochastic", overflow="sat")
+    x = torch.full((1000,), 0.03125)
+    out = FixedTensor.from_float(x, chance, seed=3)
+    assert torch.equal(out.raw, FixedTensor.from_float(x, chance, seed=3).raw)
+    assert 0.4 < out.raw.double().mean() < 0.6
+    with pytest.raises(TypeError, match="from_float: expected x in float32, float64"):
+        FixedTensor.from_float(torch.ones(2).int(), chance)
+    with pytest.raises(TypeError, match="from_float: expected type to be a FixedType, got 8"):
+        FixedTensor.from_float(x, 8)
+    for type in (FixedType(33, 3), FixedType(8, 41), FixedType(8, -5)):
+        with pytest.raises(
+            ValueError, match="from_float: expected a type of at most 32 bits with int_bits of -4 to 40"
+        ):
+            FixedTensor.from_float(x, type)
+
+
+@pytest.mark.parametrize("saturated_bits", [0, 1, 3])
+@pytest.mark.parametrize("overflow", ["sat", "sat_zero", "sat_sym", "wrap", "wrap_sm"])
+@pytest.mark.parametrize("rounding", ["rnd", "rnd_zero", "rnd_min_inf", "rnd_inf", "rnd_conv", "trn", "trn_zero"])
+def test_a_cast_of_integers_has_the_bits_of_recast_by_every_way(rounding, overflow, saturated_bits):
+    """Up to 2^53 the kernel of the cast from floats serves it; wider integers and types keep to int64."""
+    generator = torch.Generator().manual_seed(0)
+    for width, int_bits, signed in ((8, 3, True), (1, 1, True), (32, 12, False), (24, -4, True), (40, 20, True)):
+        if overflow == "wrap_sm" and not signed:
+            continue
+        modes = {"rounding": rounding, "overflow": overflow, "saturated_bits": min(saturated_bits, width)}
+        to = FixedType(width, int_bits, signed, **modes)
+        for bits, from_frac in ((12, 5), (12, -3), (31, 20), (54, 30), (54, 50), (62, 30), (20, 0)):
+            raw = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (500,), generator=generator)
+            raw[:4] = torch.tensor([-(1 << (bits - 1)), (1 << (bits - 1)) - 1, 0, -1])
+            raw[4:200] = (raw[4:200] >> bits // 2) << max(bits // 2 - 1, 0)  # ties
+            x = FixedTensor(raw, FixedType(bits, bits - from_frac))
+            assert torch.equal(x.cast(to).raw.long(), recast(raw, from_frac, to))

@@ -91,6 +91,51 @@ def test_convolution_is_the_cast_of_the_exact_sum(geometry, width):
     assert torch.equal(out.raw.long(), recast(sums, frac_bits, out.type))
 
 
+def scaled_channels(layer):
+    """Weights of channel after channel 2, 4, 8, ... times smaller, and binary points to suit."""
+    with torch.no_grad():
+        layer.weight *= 2.0 ** -torch.arange(len(layer.weight)).remainder(5).view(-1, *[1] * (layer.weight.dim() - 1))
+    layer.weight_cast.calibrate(layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize("width", [2, 8, 14])
+@pytest.mark.parametrize("groups", [None, 1, 2])
+def test_a_binary_point_a_channel_gives_the_same_numbers_in_both_ways_and_less_error(width, groups):
+    torch.manual_seed(0)
+    layers = [
+        scaled_channels(
+            FixedLinear(30, 12, width=12, weight_width=width, per_channel=each)
+            if groups is None
+            else FixedConv2d(6, 12, 3, width=12, weight_width=width, groups=groups, per_channel=each)
+        )
+        for each in (False, True)
+    ]
+    layers[1].load_state_dict({n: p for n, p in layers[0].state_dict().items() if "cast" not in n}, strict=False)
+    layers[1].weight_cast.calibrate(layers[1].weight)
+    x = random_fixed((4, 30) if groups is None else (2, 6, 8, 8), SIGNED)
+    errors = []
+    for layer in layers:
+        out = both(layer, x)
+        weight = layer.raw_weight()
+        assert torch.equal(weight.float(), layer.weight_cast(layer.weight))
+        FixedTensor(weight.raw, weight.type)  # in range
+        raw, frac = layer.raw_bias(SIGNED)
+        frac_bits = SIGNED.frac_bits + weight.type.frac_bits
+        long = x.raw.long(), weight.raw.long()
+        sums = long[0] @ long[1].T if groups is None else F.conv2d(*long, groups=groups)
+        sums = sums + (raw << (frac_bits - frac)).view(-1, *[1] * (sums.dim() - 2))
+        assert torch.equal(out.raw.long(), recast(sums, frac_bits, out.type))
+        errors.append((weight.float() - layer.weight).square().sum().item())
+    assert errors[1] < errors[0]
+    points = layers[1].weight_cast.frac_bits
+    assert points.shape == (12, *[1] * (layers[1].weight.dim() - 1))
+    assert layers[1].weight_cast.fixed_type.width == width + round(points.max().item()) - round(points.min().item())
+    assert layers[0].weight_cast.fixed_type.width == width
+    layers[1](as_floats(x)).sum().backward()
+    assert (points.grad != 0).all()
+
+
 def test_sums_that_float32_does_not_hold_are_right_in_both_modes():
     """Operands of one sign at the limits of their types: plain float32 sums round here."""
     layer = FixedLinear(4608, 3, bias=False, width=24, weight_width=10, frac_bits=-3)
@@ -277,6 +322,23 @@ def test_a_converted_network_runs_in_integers_and_gives_what_its_floats_give(wid
         assert (floats - expected).abs().max() <= 0.05 * expected.abs().max()
 
 
+def test_a_converted_network_may_have_a_binary_point_a_channel():
+    net, images = trained_net(), torch.randn(8, 3, 16, 16)
+    fixed = convert(net, FixedConfig(width=5, per_channel=True), images)
+    points = {n: p for n, p in fixed.named_parameters() if n.endswith("weight_cast.frac_bits")}
+    assert len(points) == 7
+    assert all(p.numel() in (8, 10, 16) for p in points.values())
+    twin = convert(net, FixedConfig(width=5, per_channel=True), images)
+    with torch.no_grad():
+        points["stem_0_fixed.weight_cast.frac_bits"][3] += 2
+    assert not torch.equal(twin(images).raw, fixed(images).raw)
+    twin.load_state_dict(fixed.state_dict())
+    integers = fixed(images)
+    assert torch.equal(twin(images).raw, integers.raw)
+    fixed.get_submodule("input_fixed").train()
+    assert torch.equal(integers.float(), fixed(images))
+
+
 def test_a_converted_network_trains():
     net = trained_net()
     fixed = convert(net, FixedConfig(width=6), torch.randn(8, 3, 16, 16)).train()
@@ -363,6 +425,7 @@ class _Held(nn.Module):
         (lambda: FixedReLU()(torch.ones(2)), TypeError, "FixedReLU: expected a FixedTensor or the output of a fixed"),
         (lambda: FixedConv2d(3, 3, 3, padding="same"), ValueError, "expected padding in numbers, got 'same'"),
         (lambda: FixedCast(25), ValueError, "FixedCast: expected a width of 1 to 24"),
+        (lambda: FixedCast(8)(torch.full((3,), torch.nan)), ValueError, "FixedCast: expected finite data"),
         (
             lambda: FixedReLU()(random_fixed((2,), SIGNED)),
             ValueError,

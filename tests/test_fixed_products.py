@@ -115,6 +115,21 @@ def test_narrow_sums_come_as_int32_and_are_refused_where_they_might_not_fit():
 
 
 @needs_kernel
+@pytest.mark.parametrize("in_dims", [(0, None), (2, None), (None, 1), (1, 0)], ids=str)
+def test_vmap_over_images_weights_and_both_equals_a_loop(in_dims):
+    given = operands(((4, 2, 6, 5, 4), (4, 9, 2, 3, 3)), (128, 128), "random")
+    mapped = [t[0] if d is None else t.movedim(0, d) for t, d in zip(given, in_dims, strict=True)]
+
+    def convolution(x, w):
+        return integer_conv2d(x, w, 128, 128, padding=1, groups=3)
+
+    out = torch.func.vmap(convolution, in_dims=in_dims)(*mapped)
+    for i in range(4):
+        x, w = (t[0] if d is None else t[i] for t, d in zip(given, in_dims, strict=True))
+        assert torch.equal(out[i], convolution(x, w))
+
+
+@needs_kernel
 def test_opcheck():
     x, w = operands(((2, 5, 6, 4), (6, 3, 3, 2)), (128, 128), "random")
     for wide in (False, True):
@@ -139,5 +154,5 @@ def test_without_the_kernel_wider_integers_are_exact_too(bits, monkeypatch):
 
 def test_sums_beyond_64_bits_are_refused():
     a = torch.ones(1, 8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="integer_conv2d: expected sums that fit 64 bits"):
+    with pytest.raises(ValueError, match="integer_matmul: expected sums that fit 64 bits"):
         integer_matmul(a, a, 1 << 31, 1 << 31)

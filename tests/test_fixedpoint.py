@@ -212,6 +212,18 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_on_the_grid():
     assert torch.equal(first, quantize(x, 8, 8, **options))
 
 
+def test_random_numbers_are_uniform_and_independent_of_each_other_and_of_other_seeds():
+    n = 1 << 18
+    draws = [reference.uniform(torch.empty(n), seed) - 0.5 for seed in (0, 1, 2, -1, 1 << 32, 12345678901234567)]
+    for k, draw in enumerate(draws):
+        counts = torch.histc(draw, 256, -0.5, 0.5)
+        chi_square = ((counts - n / 256) ** 2 / (n / 256)).sum().item()
+        assert 255 - 6 * (2 * 255) ** 0.5 < chi_square < 255 + 6 * (2 * 255) ** 0.5
+        others = [draw.roll(lag) for lag in (1, 2, 3, 8, 16, 256, 4096)] + draws[:k]
+        for other in others:  # a correlation's standard deviation is 1 / sqrt(n)
+            assert abs((draw * other).mean().item()) * 12 < 6 / n**0.5
+
+
 def test_gradients():
     x = torch.tensor([0.3, 9.0, -9.0], requires_grad=True)
     quantize(x, 4, 2, rounding="rnd", overflow="sat").sum().backward()

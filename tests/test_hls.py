@@ -198,7 +198,8 @@ def test_random_networks_give_the_same_bits(tmp_path, seed):
 
 
 @needs_compiler
-def test_a_converted_network_gives_the_same_bits(tmp_path):
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_converted_network_gives_the_same_bits(tmp_path, per_channel):
     torch.manual_seed(2)
 
     class Residual(nn.Module):
@@ -214,9 +215,32 @@ def test_a_converted_network_gives_the_same_bits(tmp_path):
             return self.head(self.pool(torch.max_pool2d(x, 2)).flatten(1))
 
     x = torch.randn(8, 3, 8, 8)
-    fixed = convert(Residual().eval(), FixedConfig(width=6), x)
-    to_hls(fixed, tmp_path, x)
+    fixed = convert(Residual().eval(), FixedConfig(width=6, per_channel=per_channel), x)
+    types = to_hls(fixed, tmp_path, x)
+    assert all(type.width in (6, 8, 12) for type in types.values())  # of outputs
+    wide = max(int(bits) for bits in re.findall(r"fixed<(\d+).*_weight_t;", (tmp_path / "weights.h").read_text()))
+    assert (wide > 6) == per_channel  # aligned by exact shifts
     _assert_same_bits(tmp_path, 80)
+
+
+@needs_compiler
+def test_the_example_exports_a_trained_network_to_the_bit(tmp_path):
+    plot = ROOT / "examples" / "output" / "fixedpoint_cifar10.png"
+    plot.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        ROOT / "examples" / "fixedpoint_cifar10.py",
+        "--quick",
+        "--widths",
+        "4",
+        "--exported",
+        "3",
+    ]
+    command += ["--channels", "4", "--images", "400", "--epochs", "2", "--tuning", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 of 30" in done.stdout
+    assert plot.stat().st_size > 10_000
 
 
 @needs_compiler

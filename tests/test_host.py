@@ -221,6 +221,73 @@ def test_spectral_gate_is_numpys(isa, dtype, size):
         assert np.abs(ours - truth).max() <= 8 * np.finfo(dtype).eps * np.abs(truth).max()
 
 
+@by_isa
+@pytest.mark.parametrize("wide", [np.int32, np.int64])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_integer_products_equal_numpy(isa, groups, wide):
+    """Six groups: each channel has an output of its own, and the weight its channels last."""
+    rng = np.random.default_rng(groups)
+    x = rng.integers(-300, 300, (2, 7, 9, 6), dtype=np.int16)
+    outputs, inputs = 6 if groups == 6 else 34, 6 // groups
+    weight = rng.integers(-300, 300, (outputs, 3, 2, inputs), dtype=np.int16)
+    padded = np.pad(x.astype(np.int64), ((0, 0), (1, 1), (0, 0), (0, 0)))
+    patches = np.lib.stride_tricks.sliding_window_view(padded, (3, 2), (1, 2))[:, :, ::2]  # [N, y, x, C, kH, kW]
+    patches = patches.reshape(*patches.shape[:3], groups, inputs, 3, 2)
+    grouped = weight.astype(np.int64).reshape(groups, outputs // groups, 3, 2, inputs)
+    expected = np.einsum("nyxgcuv,gouvc->nyxgo", patches, grouped).reshape(2, 7, 4, outputs)
+    out = np.empty(expected.shape, wide)
+    given = np.ascontiguousarray(weight[..., 0].transpose(1, 2, 0)) if groups == 6 else weight
+    host.integer_conv(isa, x, given, out, stride=[1, 2], padding=[1, 0], groups=groups)
+    np.testing.assert_array_equal(out, expected)
+
+
+@by_isa
+def test_integer_products_of_the_lowest_numbers_are_exact(isa):
+    x = np.full((1, 1, 1, 4609), -(2**15), np.int16)
+    out = np.empty((1, 1, 1, 1), np.int64)
+    host.integer_conv(isa, x, x, out)
+    assert out.item() == 4609 * 2**30
+
+
+@by_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1, 1000, 10007])
+def test_cast_to_nearest_even_and_its_gradient_equal_numpy(isa, dtype, size):
+    rng = np.random.default_rng(size)
+    x, grad = (rng.standard_normal(size).astype(dtype) for _ in range(2))
+    mode = {"width": 6, "frac_bits": 4, "rounding": 4, "overflow": 0}
+    out = np.empty_like(x)
+    assert host.fixed_cast(isa, dtype, x, None, out, **mode) == 0
+    whole = np.rint(x * 16)
+    expected, inside = np.clip(whole, -32, 31) / 16, (whole >= -32) & (whole <= 31)
+    np.testing.assert_array_equal(out, expected)
+    total = host.fixed_cast(isa, dtype, x, grad, out, **mode)
+    np.testing.assert_array_equal(out, grad * inside)
+    terms = grad.astype(np.float64) * np.where(inside, x.astype(np.float64) - expected, -expected)
+    assert abs(total - terms.sum()) <= 1e-6 * np.abs(terms).sum()
+
+
+@by_isa
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"stride": [0, 1]}, "expected sizes"),
+        ({"dilation": [4, 1]}, "no larger than the padded image"),
+        ({"groups": 4}, "bad groups"),
+        ({"padding": [1]}, "expected pairs"),
+        ({"padding": [1, 0]}, "expected out to be C-contiguous with 48 elements"),
+    ],
+)
+def test_integer_products_refuse_what_does_not_fit(isa, arguments, says):
+    x, weight, out = (
+        np.zeros((1, 4, 4, 6), np.int16),
+        np.zeros((4, 3, 2, 6), np.int16),
+        np.zeros((1, 2, 3, 4), np.int32),
+    )
+    with pytest.raises(ValueError, match=says):
+        host.integer_conv(isa, x, weight, out, **arguments)
+
+
 def _decide(isa, logits, criterion, threshold=0.5):
     rows = len(logits)
     score, lists = np.empty(rows, np.float32), [np.full(rows, -1, np.int64) for _ in range(3)]

@@ -41,14 +41,14 @@ struct Cast {
   A least = 0;          // of |x| 2^F where x is not 0: it may underflow, and truncation needs its sign (double only)
   A threshold[2] = {};  // a magnitude goes up where its fraction is above this: of x >= 0, of x < 0
   A low = 0, high = 0;  // the integers that are in range
-  // The rounded number modulo `period` lies in [0, period); it stands for a negative one from `half` on.
-  A period = 1, frequency = 1, half = 0;
+  // Of what wraps: a number modulo `period` lies in [-offset, period - offset), its upper half is from `half` on.
+  A period = 1, frequency = 1, offset = 0, half = 0;
   // Of kTopBits: the low bits that stay, and what stands above them in a number that overflowed.
   A ones = 0, above_positive = 0, above_negative = 0;
-  A bit = 1;                         // of kTopBitsOfFloor: 2^-W
+  int width = 1;                     // of kTopBitsOfFloor
   bool flips = false, same = false;  // whether the low bits may all change, and when: sign == top, or !=
   bool passes = false;               // the gradient passes out of range as well
-  uint32_t key = 0, key_above = 0;   // of stochastic rounding
+  uint32_t key = 0, gamma = 1;       // of stochastic rounding: where its sequence starts, and its step, odd
 
   Cast() = default;
   // F fractional bits, a whole number or NaN.
@@ -72,14 +72,16 @@ struct Cast {
     if (f.overflow == kSatSym && f.is_signed && w > 1) low = -high;
     const bool wraps = f.overflow == kWrap || f.overflow == kWrapSm;
     passes = wraps && f.wrap_gradient;
-    const int kept = f.bounder() == kModulo ? w - 1 : w - (n > 0 ? n : 1);  // low bits that stay
+    // The low bits that stay; of kTopBitsOfFloor one more than the type's.
+    const int kept = f.bounder() == kTopBits ? w - n : f.bounder() == kModulo ? w - 1 : w;
     period = A(two_to(kept + 1));
     frequency = A(two_to(-kept - 1));
-    half = f.bounder() == kModulo && !f.is_signed ? period : A(two_to(kept));
+    half = A(two_to(kept));
+    offset = f.bounder() == kModulo && f.is_signed ? half : 0;
     ones = half - 1;
     above_negative = f.is_signed ? A(-two_to(w - 1)) : A(two_to(w) - two_to(kept));
     above_positive = !f.is_signed ? above_negative : n > 1 ? A(two_to(w - 1) - two_to(kept)) : 0;
-    bit = A(two_to(-w));
+    width = w;
     flips = f.overflow == kWrapSm;
     same = n > 1;
     // The finaliser of SplitMix64 makes two keys of the seed.
@@ -88,7 +90,7 @@ struct Cast {
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     z ^= z >> 31;
     key = uint32_t(z);
-    key_above = uint32_t(z >> 32);
+    gamma = uint32_t(z >> 32) | 1;
   }
 };
 

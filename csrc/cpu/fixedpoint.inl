@@ -1,164 +1,13 @@
-// The fixed-point cast. Rounding is done on magnitudes, whose fraction is exact (that of -0.49999997 above its floor is
-// not), overflow on the rounded number in the same lanes: floats hold 24 bits, and reduction modulo a power of two by
-// floor and a product is exact for every float, however large. Values: one read, one write, some 15 operations a
-// register, well below what memory takes. Backward recomputes them: two reads, one write, and a sum in double whose
-// order is the elements' own, sixteen at a time, whatever the registers hold.
+// The fixed-point cast of rows. Values: one read, one write, some 15 operations a register, well below what memory
+// takes. Backward recomputes them: two reads, one write, and a sum in double whose order is the elements' own, sixteen
+// at a time, whatever the registers hold.
 #pragma once
+#include "cast.inl"
 #include "fixedpoint.h"
 #include "rows.inl"
 #include "vec.h"
 
 namespace fastcifar::FASTCIFAR_ISA {
-
-#if FASTCIFAR_VECTOR_BYTES == 64
-FC_INLINE V<float> floor(V<float> x) { return (V<float>)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | 8); }
-FC_INLINE V<double> floor(V<double> x) {
-  return (V<double>)_mm512_roundscale_pd((__m512d)x, _MM_FROUND_TO_NEG_INF | 8);
-}
-FC_INLINE V<float> to_even(V<float> x) { return (V<float>)_mm512_roundscale_ps((__m512)x, 8); }
-FC_INLINE V<double> to_even(V<double> x) { return (V<double>)_mm512_roundscale_pd((__m512d)x, 8); }
-#elif FASTCIFAR_VECTOR_BYTES == 32
-FC_INLINE V<float> floor(V<float> x) { return (V<float>)_mm256_floor_ps((__m256)x); }
-FC_INLINE V<double> floor(V<double> x) { return (V<double>)_mm256_floor_pd((__m256d)x); }
-FC_INLINE V<float> to_even(V<float> x) { return (V<float>)_mm256_round_ps((__m256)x, 8); }
-FC_INLINE V<double> to_even(V<double> x) { return (V<double>)_mm256_round_pd((__m256d)x, 8); }
-#else
-// The addition leaves no room for a fraction; a number too large for it has none.
-template <class Register>
-FC_INLINE Register to_even(Register x) {
-  using A = decltype(x[0] + 0);
-  constexpr A kNoFraction = sizeof(A) == 4 ? A(0x1p23) : A(0x1p52);
-  const Register a = abs<A>(x);
-  const I<A> sign = (I<A>)x ^ (I<A>)a;
-  const Register nearest = select<A>(a < kNoFraction, (a + kNoFraction) - kNoFraction, a);
-  return (Register)((I<A>)nearest | sign);
-}
-template <class Register>
-FC_INLINE Register floor(Register x) {
-  using A = decltype(x[0] + 0);
-  const Register nearest = to_even(x);
-  return nearest - select<A>(nearest > x, splat<A>(1), Register{});
-}
-#endif
-
-// ---- random numbers: a function of the seed's keys and of the element's index
-// ----------------------------------------
-
-template <class A>
-struct Unsigned;
-template <>
-struct Unsigned<float> {
-  typedef uint32_t Vector __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Unsigned<double> {
-  typedef uint64_t Vector __attribute__((vector_size(kVectorBytes)));
-};
-template <class A>
-using U = typename Unsigned<A>::Vector;
-
-// 32 bits a lane, each a function of all; reference.py's _mix.
-template <class A>
-FC_INLINE U<A> mix(U<A> z) {
-  constexpr uint32_t kLow = 0xffffffff;
-  z = ((z ^ (z >> 16)) * 0x21f0aaad) & kLow;
-  z = ((z ^ (z >> 15)) * 0x735a2d97) & kLow;
-  return z ^ (z >> 15);
-}
-template <class A>
-FC_INLINE V<A> random(uint64_t first, const Cast<A>& c) {
-  constexpr uint32_t kLow = 0xffffffff;
-  U<A> lane;
-  for (int k = 0; k < kLanes<A>; ++k) lane[k] = k;
-  const uint32_t low = uint32_t(first), above = uint32_t(first >> 32);
-  const U<A> index = (low + lane) & kLow;
-  const U<A> carried = index < low ? U<A>{} + 0x9e3779b9u : U<A>{};
-  const U<A> key_above = carried + (c.key_above + above * 0x9e3779b9u);
-  const U<A> mixed = mix<A>((mix<A>(index ^ c.key) + key_above) & kLow);
-  return __builtin_convertvector((I<A>)((mixed >> 9) * 2 + 1), V<A>) * A(0x1p-24);
-}
-
-// ---- one register
-// ----------------------------------------------------------------------------------------------------
-
-template <class A>
-struct Stored {
-  V<A> q;       // the stored integer
-  I<A> inside;  // where the gradient passes
-};
-
-template <class A>
-FC_INLINE V<A> scaled(V<A> x, V<A> scale, V<A> least) {  // |x| 2^F
-  V<A> a = abs<A>(x) * scale;
-  if constexpr (sizeof(A) == 8) a = select<A>((a < least) & (x != A(0)), least, a);
-  return a;
-}
-
-// The integer that a magnitude `a` with the sign of x is rounded to.
-template <int kRounder, class A>
-FC_INLINE V<A> round_magnitude(V<A> a, V<A> x, const Cast<A>& c, uint64_t index) {
-  V<A> m;
-  if constexpr (kRounder == kToEven) {
-    m = to_even(a);
-  } else {
-    const V<A> whole = floor(a);
-    V<A> threshold;
-    if constexpr (kRounder == kAtRandom)
-      threshold = random<A>(index, c);
-    else
-      threshold = select<A>((I<A>)x < 0, splat<A>(c.threshold[1]), splat<A>(c.threshold[0]));
-    m = whole + select<A>(a - whole > threshold, splat<A>(1), V<A>{});
-  }
-  return (V<A>)((I<A>)m ^ ((I<A>)x & (I<A>)splat<A>(A(-0.0))));
-}
-
-template <int kBounder, class A>
-FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
-  const V<A> low = splat<A>(c.low), high = splat<A>(c.high);
-  const I<A> outside = (v < low) | (v > high);  // not where NaN
-  Stored<A> s;
-  s.inside = (v >= low) & (v <= high);
-  if constexpr (kBounder == kClamp) {
-    s.q = select<A>(v > high, high, v);
-    s.q = select<A>(s.q < low, low, s.q);
-  } else if constexpr (kBounder == kZeroOutside) {
-    s.q = (V<A>)((I<A>)v & ~outside);
-  } else {
-    s.inside |= I<A>{} - (c.passes ? 1 : 0);
-    const V<A> m = v - floor(v * c.frequency) * c.period;
-    if constexpr (kBounder == kModulo) {
-      s.q = m - select<A>(m >= c.half, splat<A>(c.period), V<A>{});
-      if (c.half == c.period) s.q = m;
-    } else {
-      const I<A> top = m >= c.half;
-      const V<A> rest = m - select<A>(top, splat<A>(c.half), V<A>{});
-      I<A> sign = v < A(0);
-      if constexpr (kBounder == kTopBitsOfFloor) {
-        const V<A> y = (V<A>)((I<A>)a ^ ((I<A>)x & (I<A>)splat<A>(A(-0.0))));
-        const V<A> shifted = floor(floor(y) * c.bit);
-        sign = shifted - floor(shifted * A(0.5)) * A(2) == A(1);
-      }
-      const I<A> flip = (sign ^ top ^ (I<A>{} - (c.same ? 1 : 0))) & (I<A>{} - (c.flips ? 1 : 0));
-      const V<A> above = select<A>(sign, splat<A>(c.above_negative), splat<A>(c.above_positive));
-      s.q = select<A>(outside, select<A>(flip, c.ones - rest, rest) + above, v);
-    }
-  }
-  s.q = s.q + A(0);  // no -0
-  return s;
-}
-
-template <int kRounder, int kBounder, class A>
-FC_INLINE Stored<A> cast(V<A> x, const Cast<A>& c, uint64_t index) {
-  V<A> a = scaled<A>(x, splat<A>(c.scale), splat<A>(c.least));
-  if constexpr (kBounder >= kModulo) {  // infinity: any large number
-    const V<A> most = splat<A>(sizeof(A) == 4 ? A(0x1p100) : A(0x1p1000));
-    a = select<A>(a > most, most, a);
-  }
-  return bounded<kBounder, A>(round_magnitude<kRounder, A>(a, x, c, index), a, x, c);
-}
-
-// ---- rows
-// ------------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kStep = 16;  // elements, and sums, at a time
 
@@ -175,15 +24,8 @@ template <class A>
 struct Sums {
   V<double> at[kStep / kLanes<double>] = {};
 
-  FC_INLINE_MEMBER void add(int j, V<float> g, V<float> d) {
-    struct Halves {
-      HalfFloat low, high;
-    } gs, ds;
-    memcpy(&gs, &g, sizeof g);
-    memcpy(&ds, &d, sizeof d);
-    at[2 * j] += __builtin_convertvector(gs.low, V<double>) * __builtin_convertvector(ds.low, V<double>);
-    at[2 * j + 1] += __builtin_convertvector(gs.high, V<double>) * __builtin_convertvector(ds.high, V<double>);
-  }
+  // The product is rounded to float: an error of the incoming gradient's own size, for half of the conversions.
+  FC_INLINE_MEMBER void add(int j, V<float> g, V<float> d) { add_halves(at[2 * j], at[2 * j + 1], g * d); }
   FC_INLINE_MEMBER void add(int j, V<double> g, V<double> d) { at[j] += g * d; }
   FC_INLINE_MEMBER double total() const {
     double s[kStep];
@@ -226,17 +68,28 @@ double backward_row(const A* x, const A* g, A* grad_x, int64_t n, uint64_t index
   return sums.total();
 }
 
+// Adds each of the first `count` lanes to a sum of its own.
+FC_INLINE void add_each(double* sums, V<float> x, int64_t count) {
+  if (count < kLanes<float>) {
+    for (int k = 0; k < count; ++k) sums[k] += x[k];
+    return;
+  }
+  V<double> low = load(sums, Full{}), high = load(sums + kLanes<double>, Full{});
+  add_halves(low, high, x);
+  store(sums, low, Full{});
+  store(sums + kLanes<double>, high, Full{});
+}
+FC_INLINE void add_each(double* sums, V<double> x, int64_t count) {
+  for (int k = 0; k < count && k < kLanes<double>; ++k) sums[k] += x[k];
+}
+
 // The same for columns with a binary point each: x is scaled already, and every column has a sum of its own.
 template <int kRounder, int kBounder, class A>
 void backward_columns(const A* y, const A* g, A* grad_x, double* sums, int64_t n, uint64_t index, Cast<A> c) {
   for (int64_t i = 0; i < n; i += kLanes<A>) {
     const V<A> y1 = load(y + i, Full{}), g1 = load(g + i, Full{});
     const Stored<A> s = cast<kRounder, kBounder, A>(y1, c, index + i);
-    const V<A> d = (V<A>)((I<A>)y1 & s.inside) - s.q;
-    if (i + kLanes<A> <= n)
-      for (int k = 0; k < kLanes<A>; ++k) sums[i + k] += double(g1[k]) * double(d[k]);
-    else
-      for (int k = 0; k < n - i; ++k) sums[i + k] += double(g1[k]) * double(d[k]);
+    add_each(sums + i, g1 * ((V<A>)((I<A>)y1 & s.inside) - s.q), n - i);
     store(grad_x + i, (V<A>)((I<A>)g1 & s.inside), Full{});
   }
 }
@@ -268,8 +121,7 @@ constexpr CastTable<A> make_casts() {
 template <class A>
 constexpr CastTable<A> cast_table = make_casts<A>();
 
-// ---- between memory and rows of the compute type
-// ---------------------------------------------------------------------
+// ---- between memory and rows of the compute type --------------------------------------------------------------------
 
 static constexpr int64_t kStorageBytes[kDTypes] = {4, 8, 2, 2};
 

@@ -196,12 +196,10 @@ void recompute_row(const A* x, A* v, A* w, A* charged, A* previous, A* previous_
 
 FC_INLINE void add_to(double* sums, V<double> term) { store(sums, load(sums, Full{}) + term, Full{}); }
 FC_INLINE void add_to(double* sums, V<float> term) {  // each float in double, so that a sum over time does not round
-  struct {
-    HalfFloat low, high;
-  } halves;
-  memcpy(&halves, &term, sizeof term);
-  add_to(sums, __builtin_convertvector(halves.low, V<double>));
-  add_to(sums + kLanes<double>, __builtin_convertvector(halves.high, V<double>));
+  V<double> low = load(sums, Full{}), high = load(sums + kLanes<double>, Full{});
+  add_halves(low, high, term);
+  store(sums, low, Full{});
+  store(sums + kLanes<double>, high, Full{});
 }
 
 // The rows of one step of backpropagation through time.

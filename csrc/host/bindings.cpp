@@ -175,6 +175,85 @@ void spectral_backward(const std::string& isa, const std::string& dtype, py::arr
   grid.run(grid.kernels.reduce[grid.is_double], grid.groups);
 }
 
+// x [N, H, W, C] and weight [O, kH, kW, C / groups], or [kH, kW, C] where each channel has an output of its own; int16.
+void integer_conv(const std::string& isa, py::array x, py::array weight, py::array out,
+                  const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                  const std::vector<int64_t>& dilation, int64_t groups) {
+  const bool depthwise = weight.ndim() == 3;
+  if (x.ndim() != 4 || (!depthwise && weight.ndim() != 4) || out.ndim() != 4)
+    throw py::value_error("integer_conv: expected x [N, H, W, C], weight [O, kH, kW, C / groups] or [kH, kW, C], out");
+  if (stride.size() != 2 || padding.size() != 2 || dilation.size() != 2 || out.itemsize() % 4)
+    throw py::value_error("integer_conv: expected pairs, and out of int32 or int64");
+  const IntegerKernels& kernels = integer_kernels(isa_of(isa));
+  IntegerConv p;
+  p.images = x.shape(0);
+  p.height = x.shape(1);
+  p.width = x.shape(2);
+  p.channels = x.shape(3);
+  p.outputs = depthwise ? p.channels : weight.shape(0);
+  p.groups = depthwise ? p.channels : groups;
+  for (int d = 0; d < 2; ++d) {
+    p.kernel[d] = weight.shape(d + !depthwise);
+    p.stride[d] = stride[d];
+    p.padding[d] = padding[d];
+    p.dilation[d] = dilation[d];
+    if (stride[d] < 1 || padding[d] < 0 || dilation[d] < 1) throw py::value_error("integer_conv: expected sizes");
+    const int64_t reach = x.shape(1 + d) + 2 * padding[d] - dilation[d] * (p.kernel[d] - 1) - 1;
+    if (reach < 0) throw py::value_error("integer_conv: expected a kernel no larger than the padded image");
+    (d ? p.out_width : p.out_height) = reach / stride[d] + 1;
+  }
+  if (p.groups < 1 || p.channels % p.groups || p.outputs % p.groups) throw py::value_error("integer_conv: bad groups");
+  p.x = (const int16_t*)data_of(x, p.images * p.height * p.width * p.channels, 2, "x");
+  p.weight = (const int16_t*)data_of(weight, p.outputs * p.depth(), 2, "weight");
+  p.out = data_of(out, p.rows() * p.outputs, out.itemsize(), "out");
+  const int64_t product = kernels.largest(p.x, x.size()) * kernels.largest(p.weight, weight.size());
+  p.block = std::max<int64_t>(INT32_MAX / std::max<int64_t>(product, 1), 2) / 2 * 2;
+  const bool wide = out.itemsize() == 8;
+  if (p.is_depthwise()) return kernels.depthwise[wide](p, 0, p.rows());
+  const auto memory = [](int64_t bytes) {
+    return std::unique_ptr<void, decltype(&std::free)>(std::aligned_alloc(64, (bytes + 63) / 64 * 64), &std::free);
+  };
+  const auto packed = memory(kernels.packed_pairs(p) * 4), scratch = memory(kernels.scratch_bytes(p));
+  p.packed = (int32_t*)packed.get();
+  kernels.pack(p, 0, kernels.blocks(p));
+  const int64_t tiles = (p.rows() + kernels.tile_rows - 1) / kernels.tile_rows;
+  kernels.product[wide](p, 0, tiles * p.groups, scratch.get());
+}
+
+// One binary point for all of x; with `grad` the backward. Returns the latter's sum, 0 without.
+double fixed_cast(const std::string& isa, const std::string& dtype, py::array x, Array grad, py::array out, int width,
+                  int frac_bits, int rounding, int overflow, bool is_signed, int saturated_bits, uint64_t seed) {
+  if (width < 1 || width > 32 || rounding < 0 || rounding >= kRoundings || overflow < 0 || overflow >= kOverflows)
+    throw py::value_error("fixed_cast: expected a width of 1 to 32 and modes");
+  Format f;
+  f.width = width;
+  f.rounding = rounding;
+  f.overflow = overflow;
+  f.saturated_bits = saturated_bits;
+  f.is_signed = is_signed;
+  CastProblem p;
+  p.dtype = index_of(kDTypeNames, dtype, "dtype");
+  p.x = data_of(x, x.size(), kItemSize[p.dtype], "x");
+  p.grad = data_of(grad, x.size(), kItemSize[p.dtype], "grad");
+  p.out = data_of(out, x.size(), kItemSize[p.dtype], "out");
+  p.rounder = f.rounder();
+  p.bounder = f.bounder();
+  p.length = p.total = x.size();
+  const bool is_double = p.dtype == kFloat64 || width > 24 || frac_bits < 0;
+  const Cast<float> single(f, frac_bits, seed);
+  const Cast<double> twice(f, frac_bits, seed);
+  p.casts = is_double ? (const void*)&twice : &single;
+  std::vector<double> sums(p.items());
+  p.partial = sums.data();
+  const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, kCastScratch * kCastBlock * 8),
+                                                            &std::free);
+  const FixedPointKernels& kernels = fixedpoint_kernels(isa_of(isa));
+  (grad ? kernels.backward : kernels.forward)[is_double](p, 0, p.items(), scratch.get());
+  double sum = 0;
+  for (double part : sums) sum += part;
+  return sum;
+}
+
 int64_t peak_flops(const std::string& isa, int64_t iterations) {
   const CommonKernels& kernels = common_kernels(isa_of(isa));
   py::gil_scoped_release release;
@@ -247,6 +326,13 @@ PYBIND11_MODULE(_host, m) {
         "irfft2(rfft2(x) * weight) of tokens [B, H, W, C].");
   m.def("spectral_backward", &spectral_backward, "isa"_a, "dtype"_a, "grad"_a, "x"_a, "weight"_a, "grad_x"_a,
         "grad_weight"_a);
+  const std::vector<int64_t> ones{1, 1}, zeros{0, 0};
+  m.def("integer_conv", &integer_conv, "isa"_a, "x"_a, "weight"_a, "out"_a, py::kw_only(), "stride"_a = ones,
+        "padding"_a = zeros, "dilation"_a = ones, "groups"_a = 1,
+        "Exact convolution of int16 images [N, H, W, C] into int32 or int64.");
+  m.def("fixed_cast", &fixed_cast, "isa"_a, "dtype"_a, "x"_a, "grad"_a, "out"_a, py::kw_only(), "width"_a,
+        "frac_bits"_a, "rounding"_a, "overflow"_a, "signed"_a = true, "saturated_bits"_a = 0, "seed"_a = 0,
+        "The cast of x, or with grad its backward and the sum of the gradient to the binary point.");
   m.def("peak_flops", &peak_flops, "isa"_a, "iterations"_a,
         "Runs independent float32 multiplications and additions and returns how many operations it did.");
   m.def("exp", &exp, "isa"_a, "dtype"_a, "x"_a, "out"_a);

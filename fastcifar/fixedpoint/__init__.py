@@ -1,6 +1,6 @@
 """Fixed point: the FPGA tools' ``ap_fixed`` to the bit, trained binary points, and networks of such numbers."""
 
-from . import conversion, functional, hls, integer, layers, modules, products, reference, tensor, types
+from . import conversion, functional, hls, integer, layers, linear, modules, products, reference, tensor, types
 from .casting import FixedCast, FixedInput
 from .conversion import FixedConfig, convert
 from .functional import OVERFLOWS, ROUNDINGS, from_raw, quantize, quantize_trainable, to_raw
@@ -45,6 +45,7 @@ __all__ = [
     "integer",
     "layers",
     "limit_digits",
+    "linear",
     "modules",
     "products",
     "quantize",

@@ -7,12 +7,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from .integer import recast
-from .tensor import FixedTensor
+from .modules import FixedPoint
+from .reference import INT_BITS
+from .tensor import FixedTensor, cast_raw
 from .types import FixedType
 
 FLOAT32_EXACT, FLOAT64_EXACT = 1 << 24, 1 << 53
+BIAS_BITS = 32
 
 Values = Tensor | FixedTensor
 
@@ -50,11 +51,12 @@ def range_frac_bits(largest: float, width: int, signed: bool) -> int:
     return width - signed - math.frexp(largest)[1]
 
 
-class FixedCast(nn.Module):
-    """The cast at the end of a layer, to a type whose binary point is trained.
+class FixedCast(FixedPoint):
+    """The cast at the end of a layer, to a type whose binary point is trained: a :class:`FixedPoint` that says of what
+    type its result is, and that does the same to integers.
 
     Args:
-        width: bits of the type.
+        width: bits of the type, 1 to 24.
         frac_bits: where the binary point starts. None (default): the first tensor that comes by decides, as
             :meth:`calibrate` does.
         signed: default True.
@@ -62,7 +64,9 @@ class FixedCast(nn.Module):
         trainable: whether ``frac_bits`` is a parameter; else it is a buffer. Default True.
 
     Raises:
-        TypeError, ValueError: as :class:`FixedType`.
+        TypeError, ValueError: as :class:`FixedType`, or ``width`` is above 24, which float32 would not hold.
+
+    Source: QFX, 2024, where each layer has a trained binary point.
 
     Example:
         >>> import torch
@@ -71,8 +75,6 @@ class FixedCast(nn.Module):
         >>> cast(torch.tensor([0.3, 5.0])).tolist(), str(cast.fixed_type)
         ([0.25, 1.75], 'ap_fixed<4, 2, AP_RND_CONV, AP_SAT>')
     """
-
-    frac_bits: Tensor
 
     def __init__(
         self,
@@ -84,57 +86,42 @@ class FixedCast(nn.Module):
         overflow: str = "sat",
         trainable: bool = True,
     ) -> None:
-        super().__init__()
         FixedType(width, 0, signed, rounding, overflow)
-        if not 1 <= width <= 24:
+        if width > 24:
             raise ValueError(f"FixedCast: expected a width of 1 to 24, which float32 holds, got {width}")
-        self.width, self.signed, self.rounding, self.overflow = width, signed, rounding, overflow
-        start = torch.tensor(float(width - 1 if frac_bits is None else frac_bits))
-        if trainable:
-            self.frac_bits = nn.Parameter(start)
-        else:
-            self.register_buffer("frac_bits", start)
-        self.register_buffer("calibrated", torch.tensor(frac_bits is not None))
+        super().__init__(width, 0, signed=signed, rounding=rounding, overflow=overflow, trainable=trainable)
+        self.frac_bits.data.fill_(width - 1 if frac_bits is None else frac_bits)
+        self.calibrated = frac_bits is not None
 
     @property
     def fixed_type(self) -> FixedType:
         """The type at present: ``frac_bits`` rounded to the nearest, ties to even; int_bits of -4 to 40."""
-        int_bits = min(max(self.width - round(self.frac_bits.item()), -4), 40)
+        return self._type(self.frac_bits.item())
+
+    def _type(self, frac_bits: float) -> FixedType:
+        int_bits = min(max(self.width - round(frac_bits), INT_BITS[0]), INT_BITS[1])
         return FixedType(self.width, int_bits, self.signed, self.rounding, self.overflow)
 
-    @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
-        """Sets the binary point to what has the least mean squared error on ``x``, of that which just holds its range
-        and the three that saturate more."""
+    def calibrate(self, x: Tensor, method: str = "mse") -> None:
+        """:meth:`FixedPoint.calibrate` on some 2^17 of the numbers, at regular distances, where there are more."""
         flat = x.detach().flatten()
-        flat = flat[:: max(1, flat.numel() // 2**17)].float()
-        most = range_frac_bits(flat.abs().max().item() if flat.numel() else 0.0, self.width, self.signed)
-        tried = [min(max(most + more, self.width - 40), self.width + 4) for more in range(4)]
-        errors = [(self._cast(flat, flat.new_tensor(float(f))) - flat).square().mean().item() for f in tried]
-        self.frac_bits.fill_(tried[errors.index(min(errors))])
-        self.calibrated.fill_(True)  # type: ignore[operator]
-
-    def _cast(self, x: Tensor, frac_bits: Tensor) -> Tensor:
-        return functional.quantize_trainable(
-            x, frac_bits, self.width, signed=self.signed, rounding=self.rounding, overflow=self.overflow
-        )
+        super().calibrate(flat[:: max(1, flat.numel() // 2**17)], method)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.calibrated:
             self.calibrate(x)
-        return with_type(self._cast(x, self.frac_bits).float(), self.fixed_type)
+        return with_type(self._quantize(x, self.frac_bits).float(), self.fixed_type)
 
-    def integers(self, raw: Tensor, from_frac_bits: int) -> FixedTensor:
-        """The same cast of exact integers."""
+    def integers(self, raw: Tensor, from_frac_bits: int, largest: int) -> FixedTensor:
+        """The same cast of exact integers, of at most ``largest`` in magnitude."""
         self._check()
-        return FixedTensor.trusted(recast(raw, from_frac_bits, self.fixed_type), self.fixed_type)
+        type = self.fixed_type
+        return FixedTensor.trusted(cast_raw(raw, from_frac_bits, type, largest), type)
 
     def of_floats(self, x: Tensor) -> FixedTensor:
         """The same cast of any floats, into integers."""
         self._check()
-        t = self.fixed_type
-        raw = functional.to_raw(x, t.width, t.int_bits, signed=t.signed, rounding=t.rounding, overflow=t.overflow)
-        return FixedTensor.trusted(raw, t)
+        return FixedTensor.from_float(x, self.fixed_type)
 
     def _check(self) -> None:
         if not self.calibrated:
@@ -142,6 +129,56 @@ class FixedCast(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.fixed_type)
+
+
+class WeightCast(FixedCast):
+    """The cast of a layer's weights, calibrated on them, with a binary point for each of their output channels or one
+    for all.
+
+    With one a channel the numbers are aligned on the finest channel's grid, an exact shift: ``fixed_type`` has as many
+    bits more than ``width`` as the binary points lie apart, and each channel uses ``width`` of them.
+
+    Args:
+        weight: ``[outputs, ...]``.
+        width: bits of a weight.
+        per_channel: whether each output channel has a binary point of its own.
+
+    Raises:
+        TypeError, ValueError: as :class:`FixedCast`.
+
+    Source: QFX, 2024, of whose trained binary points these are one a channel.
+
+    Example:
+        >>> import torch
+        >>> from fastcifar.fixedpoint.casting import WeightCast
+        >>> weight = torch.tensor([[0.75], [12.0]])
+        >>> cast = WeightCast(weight, 3, per_channel=True)
+        >>> cast(weight).tolist(), str(cast.fixed_type)
+        ([[0.75], [12.0]], 'ap_fixed<7, 5, AP_RND_CONV, AP_SAT>')
+    """
+
+    def __init__(self, weight: Tensor, width: int, per_channel: bool) -> None:
+        super().__init__(width)
+        if per_channel:
+            self.per_channel, self.channel_dim = len(weight), -weight.dim()
+            shape = (len(weight), *[1] * (weight.dim() - 1))
+            self.frac_bits = nn.Parameter(self.frac_bits.detach().expand(shape).clone())
+        self.calibrate(weight)
+
+    @property
+    def fixed_type(self) -> FixedType:
+        """The narrowest type that holds every channel's numbers."""
+        fine, coarse = (self._type(f.item()) for f in (self.frac_bits.max(), self.frac_bits.min()))
+        width = coarse.int_bits + fine.frac_bits
+        return FixedType(width, coarse.int_bits, self.signed, self.rounding, self.overflow)
+
+    def calibrate(self, x: Tensor, method: str = "mse") -> None:
+        FixedPoint.calibrate(self, x, method)
+
+    def of_floats(self, x: Tensor) -> FixedTensor:
+        type = self.fixed_type
+        values = self._quantize(x.double(), self.frac_bits.detach())
+        return FixedTensor.trusted((values * 2.0**type.frac_bits).long(), type)
 
 
 class FixedInput(nn.Module):

@@ -33,6 +33,7 @@ class FixedConfig:
     Attributes:
         width: bits of weights and of every layer's output. Default 8.
         weight_width: bits of the weights; None: ``width``.
+        per_channel: whether the weights of each output channel have a binary point of their own. Default False.
         input_width: bits of the network's input. Default 8.
         output_width: bits of the last layer's output, where a tie between classes costs accuracy. Default 12.
         rounding, overflow: modes of every cast. Defaults ``"rnd_conv"``, ``"sat"``.
@@ -46,10 +47,14 @@ class FixedConfig:
     rounding: str = "rnd_conv"
     overflow: str = "sat"
     trainable: bool = True
+    per_channel: bool = False
 
     def options(self, width: int | None = None) -> dict[str, Any]:
         modes = {"rounding": self.rounding, "overflow": self.overflow, "trainable": self.trainable}
         return {"width": width or self.width, **modes}
+
+    def weights(self) -> dict[str, Any]:
+        return {"weight_width": self.weight_width or self.width, "per_channel": self.per_channel}
 
 
 def convert(
@@ -160,15 +165,13 @@ def _copied(layer: Any, plain: Any) -> Any:
 def _conv(m: nn.Conv2d, options: dict[str, Any], config: FixedConfig) -> nn.Module:
     if m.padding_mode != "zeros":
         raise ValueError(f"convert: expected zeros as padding, got {m.padding_mode!r}")
-    geometry = m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.bias is not None
-    layer = FixedConv2d(m.in_channels, m.out_channels, *geometry, weight_width=config.weight_width, **options)
-    return _copied(layer, m)
+    geometry = m.kernel_size, m.stride, m.padding, m.dilation, m.groups
+    options |= {"bias": m.bias is not None, **config.weights()}
+    return _copied(FixedConv2d(m.in_channels, m.out_channels, *geometry, **options), m)
 
 
 def _linear(m: nn.Linear, options: dict[str, Any], config: FixedConfig) -> nn.Module:
-    weight_width = config.weight_width or config.width
-    layer = FixedLinear(m.in_features, m.out_features, m.bias is not None, weight_width=weight_width, **options)
-    return _copied(layer, m)
+    return _copied(FixedLinear(m.in_features, m.out_features, m.bias is not None, **config.weights(), **options), m)
 
 
 def _batch_norm(m: nn.BatchNorm2d, options: dict[str, Any], config: FixedConfig) -> nn.Module:

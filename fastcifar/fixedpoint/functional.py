@@ -144,8 +144,8 @@ def quantize_trainable(
         ln 2 * (x - out)    in range, and everywhere where numbers wrap and ``wrap_gradient``
         -ln 2 * out         out of range
 
-    It is summed in float64 in an order that does not depend on threads or the instruction set. There is no second
-    derivative: asking for one raises.
+    Its products are summed in float64 in an order that does not depend on threads or the instruction set. There is no
+    second derivative: asking for one raises.
 
     Args:
         x: as in :func:`quantize`.

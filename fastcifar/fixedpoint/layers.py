@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .casting import FixedCast, Values, exact_dtype, range_frac_bits, type_of, with_type
-from .products import integer_conv2d
+from .casting import BIAS_BITS, FixedCast, Values, exact_dtype, range_frac_bits, type_of, with_type
+from .linear import FixedConv2d, FixedLinear
 from .tensor import FixedTensor
 from .types import FixedType
 
-BIAS_BITS, SCALE_BITS, RECIPROCAL_BITS = 32, 16, 16
+SCALE_BITS, RECIPROCAL_BITS = 16, 16
 
 __all__ = [
     "FixedAdd",
@@ -38,179 +38,6 @@ __all__ = [
     "FixedMaxPool2d",
     "FixedReLU",
 ]
-
-
-class _Replace(torch.autograd.Function):
-    """A value with the gradient of another: ``through + (value - through)`` would round."""
-
-    @staticmethod
-    def forward(ctx, value: Tensor, through: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return None, grad
-
-
-_straight_through = _Replace.apply
-
-
-class _Product(nn.Module):
-    """What a linear layer and a convolution share: weight and bias on grids, exact sums, one cast."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def _start(self, width: int, weight_width: int | None, options: dict) -> None:
-        self.weight_cast = FixedCast(weight_width or width, rounding="rnd_conv", overflow="sat")
-        self.output = FixedCast(width, **options)
-        self.weight_cast.calibrate(self.weight)
-
-    def raw_bias(self, x: FixedType) -> tuple[Tensor, int] | None:
-        """The bias as integers, and their fraction bits: those of the sums of products, as far as a cast of
-        BIAS_BITS bits from floats has them."""
-        if self.bias is None:
-            return None
-        frac_bits = min(x.frac_bits + self.weight_cast.fixed_type.frac_bits, BIAS_BITS + 4)
-        int_bits = min(max(BIAS_BITS - frac_bits, -4), 40)
-        raw = functional.to_raw(self.bias.detach(), BIAS_BITS, int_bits, rounding="rnd_conv", overflow="sat")
-        return raw.long(), BIAS_BITS - int_bits
-
-    def raw_weight(self) -> FixedTensor:
-        return self.weight_cast.of_floats(self.weight.detach())
-
-    def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _integer_sum(self, x: FixedTensor, weight: FixedTensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Values) -> Values:
-        op = type(self).__name__
-        input_type = type_of(op, x)
-        bias = self.raw_bias(input_type)
-        shape = (-1, *[1] * (self.weight.dim() - 2))
-        if isinstance(x, FixedTensor):
-            weight = self.raw_weight()
-            sums, frac_bits = self._integer_sum(x, weight), x.type.frac_bits + weight.type.frac_bits
-            if bias is not None:
-                sums = sums.long() + (bias[0] << (frac_bits - bias[1])).view(shape)
-            return self.output.integers(sums, frac_bits)
-        weight = self.weight_cast(self.weight)
-        frac_bits = input_type.frac_bits + self.weight_cast.fixed_type.frac_bits
-        units = self.weight[0].numel() * input_type.largest * self.weight_cast.fixed_type.largest
-        if bias is not None:
-            units += int(bias[0].abs().max()) << (frac_bits - bias[1])
-        dtype = exact_dtype(op, units)
-        sums = self._sum(x.to(dtype), weight.to(dtype))
-        if bias is not None:
-            assert self.bias is not None
-            value = bias[0].to(dtype) * 2.0 ** -bias[1]
-            sums = sums + _straight_through(value, self.bias.to(dtype)).view(shape)
-        return self.output(sums)
-
-
-class FixedLinear(_Product):
-    """``cast(x @ weight.T + bias)``: integer products, summed exactly, and one cast.
-
-    Args:
-        in_features, out_features, bias: as ``torch.nn.Linear``.
-        width: of the output. Default 8.
-        weight_width: of the weights; None: ``width``.
-        options: of the output's :class:`FixedCast`.
-
-    The bias is stored in 32 bits on the grid of the products.
-
-    Raises:
-        TypeError: the input has no type.
-        ValueError: sums of floats might leave 2^53 units, or a binary point is not calibrated.
-
-    Source: QFX, 2024, where each layer has a trained binary point.
-
-    Example:
-        >>> import torch
-        >>> from fastcifar.fixedpoint import FixedLinear, FixedTensor, FixedType
-        >>> layer = FixedLinear(2, 1, bias=False, frac_bits=2)
-        >>> _ = layer.load_state_dict({"weight": torch.tensor([[0.5, -0.25]])}, strict=False)
-        >>> layer(FixedTensor(torch.tensor([[7, 2]]), FixedType(8, 4)))
-        FixedTensor([[0.25]], ap_fixed<8, 6, AP_RND_CONV, AP_SAT>)
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, width: int = 8, weight_width=None, **options
-    ) -> None:
-        super().__init__()
-        plain = nn.Linear(in_features, out_features, bias)
-        self.weight, self.bias = plain.weight, plain.bias
-        self._start(width, weight_width, options)
-
-    def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight)
-
-    def _integer_sum(self, x: FixedTensor, weight: FixedTensor) -> Tensor:
-        flat = x.raw.reshape(-1, x.shape[-1], 1, 1)
-        sums = integer_conv2d(flat, weight.raw[:, :, None, None], x.type.largest, weight.type.largest)
-        return sums.reshape(*x.shape[:-1], -1)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
-
-
-class FixedConv2d(_Product):
-    """``cast(conv2d(x, weight) + bias)``: integer products, summed exactly, and one cast.
-
-    Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as ``torch.nn.Conv2d``;
-            ``padding`` in numbers, of zeros.
-        width, weight_width, options: as :class:`FixedLinear`.
-
-    Raises:
-        TypeError, ValueError: as :class:`FixedLinear`, or ``padding`` is a word.
-
-    Example:
-        >>> import torch
-        >>> from fastcifar.fixedpoint import FixedConv2d, FixedTensor, FixedType
-        >>> layer = FixedConv2d(1, 4, 3, padding=1, frac_bits=4)
-        >>> layer(FixedTensor(torch.ones(2, 1, 8, 8).int(), FixedType(8, 4))).shape
-        torch.Size([2, 4, 8, 8])
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        width: int = 8,
-        weight_width: int | None = None,
-        **options,
-    ) -> None:
-        super().__init__()
-        if isinstance(padding, str):
-            raise ValueError(f"FixedConv2d: expected padding in numbers, got {padding!r}")
-        plain = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.weight, self.bias = plain.weight, plain.bias
-        self.stride, self.padding, self.dilation, self.groups = plain.stride, plain.padding, plain.dilation, groups
-        self._start(width, weight_width, options)
-
-    def _sum(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-
-    def _integer_sum(self, x: FixedTensor, weight: FixedTensor) -> Tensor:
-        geometry = self.stride, self.padding, self.dilation, self.groups
-        return integer_conv2d(x.raw, weight.raw, x.type.largest, weight.type.largest, *geometry)  # type: ignore[arg-type]
-
-    def extra_repr(self) -> str:
-        outputs, inputs, *kernel = self.weight.shape
-        return (
-            f"{inputs * self.groups}, {outputs}, kernel_size={tuple(kernel)}, stride={self.stride}, "
-            f"padding={self.padding}, groups={self.groups}, bias={self.bias is not None}"
-        )
 
 
 class FixedBatchNorm2d(nn.BatchNorm2d):
@@ -263,7 +90,7 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
         if isinstance(x, FixedTensor):
             factor, offset = self.raw_scale_and_shift(input_type)
             total = x * factor.reshape(-1, 1, 1) + offset.reshape(-1, 1, 1)
-            return self.output.integers(total.raw, total.type.frac_bits)
+            return self.output.integers(total.raw, total.type.frac_bits, total.type.largest)
         if self.training:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             with torch.no_grad():
@@ -301,7 +128,7 @@ class FixedReLU(nn.Module):
     def forward(self, x: Values) -> Values:
         type = type_of("FixedReLU", x)
         if isinstance(x, FixedTensor):
-            return self.output.integers(x.raw.clamp_min(0), type.frac_bits)
+            return self.output.integers(x.raw.clamp_min(0), type.frac_bits, type.largest)
         return self.output(x.relu())
 
 
@@ -330,7 +157,7 @@ class FixedAdd(nn.Module):
         types = type_of("FixedAdd", a), type_of("FixedAdd", b)
         if isinstance(a, FixedTensor) and isinstance(b, FixedTensor):
             total = a + b
-            return self.output.integers(total.raw, total.type.frac_bits)
+            return self.output.integers(total.raw, total.type.frac_bits, total.type.largest)
         if isinstance(a, FixedTensor) or isinstance(b, FixedTensor):
             raise TypeError("FixedAdd: expected two FixedTensors or two float tensors, got one of each")
         dtype = exact_dtype("FixedAdd", (types[0] + types[1]).largest)
@@ -364,12 +191,13 @@ class FixedAvgPool2d(nn.Module):
         count = window[0] * window[1]
         frac_bits = RECIPROCAL_BITS - 1 + math.ceil(math.log2(count))
         reciprocal = round(2**frac_bits / count)
-        exact_dtype("FixedAvgPool2d", type.largest * count * reciprocal)
+        largest = type.largest * count * reciprocal
+        exact_dtype("FixedAvgPool2d", largest)
         values = x.raw if isinstance(x, FixedTensor) else x
         # Sums of windows, exact in float64; F.avg_pool2d divides, by 1 here.
         sums = F.avg_pool2d(values.double(), window, divisor_override=1)
         if isinstance(x, FixedTensor):
-            return self.output.integers(sums.long() * reciprocal, type.frac_bits + frac_bits)
+            return self.output.integers(sums.long() * reciprocal, type.frac_bits + frac_bits, largest)
         return self.output(sums * (reciprocal * 2.0**-frac_bits))
 
     def extra_repr(self) -> str:

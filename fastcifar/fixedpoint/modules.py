@@ -99,11 +99,12 @@ class FixedPoint(nn.Module):
         Raises:
             ValueError: ``x`` is empty or not finite, or the method is another.
         """
-        check_x("FixedPoint", x)
+        op = type(self).__name__
+        check_x(op, x)
         if method not in CALIBRATIONS:
-            raise ValueError(f"FixedPoint: expected method range or mse, got {method!r}")
+            raise ValueError(f"{op}: expected method range or mse, got {method!r}")
         if x.numel() == 0 or not bool(x.isfinite().all()):
-            raise ValueError("FixedPoint: expected finite data, at least one number, to calibrate with")
+            raise ValueError(f"{op}: expected finite data, at least one number, to calibrate with")
         wide = x.detach().double()
         largest = self._over_sharing(wide.abs(), torch.amax)
         int_bits = torch.frexp(largest).exponent + int(self.signed)

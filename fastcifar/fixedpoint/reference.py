@@ -200,9 +200,9 @@ def uniform(like: Tensor, seed: Tensor | int | None) -> Tensor:
         raise ValueError("uniform: expected a seed")
     state = torch.as_tensor(seed, dtype=torch.int64, device=like.device).reshape(())
     state = _split(state)
-    key, key_above = state & _LOW, _right(state, 32)
+    key, gamma = state & _LOW, _right(state, 32) | 1
     index = torch.arange(like.numel(), device=like.device).view(like.shape)
-    mixed = _mix((_mix((index & _LOW) ^ key) + key_above + (index >> 32) * 0x9E3779B9) & _LOW)
+    mixed = _mix(((index & _LOW) * gamma + key + (index >> 32) * 0x9E3779B9) & _LOW)
     return (((mixed >> 9) * 2 + 1).double()) * 2.0**-24
 
 
@@ -231,6 +231,33 @@ def _mix(z: Tensor) -> Tensor:
     z = ((z ^ (z >> 16)) * 0x21F0AAAD) & _LOW
     z = ((z ^ (z >> 15)) * 0x735A2D97) & _LOW
     return z ^ (z >> 15)
+
+
+def integer_matmul(a: Tensor, b: Tensor, a_largest: int, b_largest: int) -> Tensor:
+    """``a @ b.T`` of integers in int64, returned as int32 where the bounds say that every sum fits."""
+    sums = (a.long().unsqueeze(-2) * b.long()).sum(-1)
+    return sums.to(_sum_dtype(b.shape[1] * a_largest * b_largest))
+
+
+def integer_conv2d(
+    x: Tensor, weight: Tensor, x_largest: int, weight_largest: int, stride=1, padding=0, dilation=1, groups=1
+) -> Tensor:
+    """``conv2d`` of integers in int64, tap by tap; its dtype as that of :func:`integer_matmul`."""
+    (down, right), (top, left), (dy, dx) = ((p, p) if isinstance(p, int) else p for p in (stride, padding, dilation))
+    x = torch.nn.functional.pad(x.long(), (left, left, top, top)).unflatten(1, (groups, 1, -1))
+    weight = weight.long().unflatten(0, (groups, -1))
+    height, width = weight.shape[-2:]
+    last_y, last_x = x.shape[-2] - dy * (height - 1), x.shape[-1] - dx * (width - 1)
+    sums = torch.zeros((), dtype=torch.int64, device=x.device)
+    for u in range(height):
+        rows = x[..., u * dy : u * dy + last_y : down, :]
+        for v in range(width):
+            sums = sums + (rows[..., v * dx : v * dx + last_x : right] * weight[..., u, v, None, None]).sum(3)
+    return sums.flatten(1, 2).to(_sum_dtype(weight[0, 0].numel() * x_largest * weight_largest))
+
+
+def _sum_dtype(bound: int) -> torch.dtype:
+    return torch.int32 if bound < 1 << 31 else torch.int64
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import BadInput, Inputs, OpSpec, Outputs
-from . import functional, modules, reference
+from . import functional, modules, products, reference
 
 _SIZES = {"empty": (0, 3, 2, 5), "one": (1, 1, 1, 1), "prime": (3, 5, 7, 11), "large": (16, 8, 16, 32)}
 
@@ -56,6 +56,59 @@ def _bad(needed: dict[str, Any]) -> tuple[BadInput, ...]:
         bad("a seed that is a fraction", TypeError, "seed to be an integer", seed=0.5, rounding="stochastic"),
         bad("two seeds", ValueError, "one int64", seed=torch.zeros(2, dtype=torch.int64), rounding="stochastic"),
     )
+
+
+# ---- products of integers: samples of 8 bits, whatever the dtype asked for -------------------------------------------
+
+_ROWS = {"empty": (0, 5, 7), "one": (1, 1, 1), "prime": (3, 5, 7), "large": (16, 65, 47)}
+_IMAGES = {"empty": (0, 3, 5, 4), "one": (1, 1, 3, 2), "prime": (3, 5, 7, 11), "large": (8, 6, 33, 18)}
+
+
+def _integers(device: str, seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-128, 129, shape, generator=generator, dtype=torch.int16).to(device)
+
+
+def _matmul_sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    shape = _ROWS[size]
+    return {"a": _integers(device, seed, *shape), "b": _integers(device, seed + 1, 13, shape[-1])}
+
+
+def _conv_sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
+    shape = _IMAGES[size]
+    return {"x": _integers(device, seed, *shape), "weight": _integers(device, seed + 1, 7, shape[1], 3, 2)}
+
+
+def _bad_product(valid: Callable[[], dict[str, Any]]) -> tuple[BadInput, ...]:
+    x, weight, *_ = valid()
+
+    def bad(what: str, error: type[Exception], says: str, **arguments: Any) -> BadInput:
+        return BadInput(what, lambda: {**valid(), **arguments}, error, says)
+
+    return (
+        bad("floats", TypeError, f"{x} to be a tensor of integers .*, got torch.float32", **{x: _x(1, 2, 3, 4)}),
+        bad("no tensor", TypeError, f"{weight} to be a tensor of integers .*, got int", **{weight: 3}),
+        bad("a bound that is a float", TypeError, f"{x}_largest to be an integer, got 1.5", **{f"{x}_largest": 1.5}),
+        bad("a bound below 0", ValueError, f"{weight}_largest of at least 0, got -1", **{f"{weight}_largest": -1}),
+        bad("a weight elsewhere", ValueError, "one device, got cpu and meta", **{weight: valid()[weight].to("meta")}),
+        bad("one dimension", ValueError, r"got .* and \(6,\)", **{weight: torch.ones(6, dtype=torch.int16)}),
+        bad("no outputs", ValueError, "not empty", **{weight: valid()[weight][:0]}),
+        bad("sums beyond int64", ValueError, "fit 64 bits, got up to", **{f"{x}_largest": 1 << 40,
+                                                                        f"{weight}_largest": 1 << 30}),
+    )  # fmt: skip
+
+
+def _valid_matmul() -> dict[str, Any]:
+    return {"a": _integers("cpu", 0, 2, 6), "b": _integers("cpu", 0, 3, 6), "a_largest": 128, "b_largest": 128}
+
+
+def _valid_conv() -> dict[str, Any]:
+    x, weight = _integers("cpu", 0, 2, 6, 4, 5), _integers("cpu", 0, 3, 6, 3, 2)
+    return {"x": x, "weight": weight, "x_largest": 128, "weight_largest": 128}
+
+
+def _bad_conv(what: str, says: str, **arguments: Any) -> BadInput:
+    return BadInput(what, lambda: {**_valid_conv(), **arguments}, ValueError, says)
 
 
 _TRAINABLE = {"width": 8, "frac_bits": torch.tensor(4.0)}
@@ -145,6 +198,56 @@ SPECS = [
                 ValueError,
                 "got meta",
             ),
+        ),
+    ),
+    OpSpec(
+        name="integer_matmul",
+        family="fixedpoint",
+        function=_one(products.integer_matmul),
+        reference=_one(reference.integer_matmul),
+        sample=_matmul_sample,
+        options=({"a_largest": 128, "b_largest": 128}, {"a_largest": 32768, "b_largest": 32768}),
+        differentiable=(),
+        exact=(0,),
+        raw_ops=("integer_conv",),
+        module=None,
+        dtypes=(torch.int16,),
+        bad_inputs=(
+            *_bad_product(_valid_matmul),
+            BadInput(
+                "other depths",
+                lambda: {**_valid_matmul(), "b": _integers("cpu", 0, 3, 7)},
+                ValueError,
+                r"got \(2, 6\) and \(3, 7\)",
+            ),
+        ),
+    ),
+    OpSpec(
+        name="integer_conv2d",
+        family="fixedpoint",
+        function=_one(products.integer_conv2d),
+        reference=_one(reference.integer_conv2d),
+        sample=_conv_sample,
+        options=(
+            {"x_largest": 128, "weight_largest": 128},
+            {"x_largest": 32768, "weight_largest": 32768, "padding": 1},
+            {"x_largest": 128, "weight_largest": 128, "stride": (2, 1), "padding": (2, 1), "dilation": (1, 2)},
+        ),
+        differentiable=(),
+        exact=(0,),
+        raw_ops=("integer_conv",),
+        module=None,
+        dtypes=(torch.int16,),
+        bad_inputs=(
+            *_bad_product(_valid_conv),
+            _bad_conv(
+                "three strides", r"stride to be an integer or two, of at least 1, got \(1, 1, 1\)", stride=(1, 1, 1)
+            ),
+            _bad_conv("no stride", "stride .* of at least 1, got 0", stride=0),
+            _bad_conv("padding below 0", "padding .* of at least 0, got -1", padding=-1),
+            _bad_conv("no dilation", "dilation .* of at least 1, got 0", dilation=0),
+            _bad_conv("groups", "groups that divide 6 channels and 3 outputs, 6 channels each, got 2", groups=2),
+            _bad_conv("a kernel that is too large", r"padded image, got \(3, 2\) over \(4, 5\)", dilation=2),
         ),
     ),
 ]

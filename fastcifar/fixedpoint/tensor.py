@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import integer
+from . import functional, integer
+from .reference import INT_BITS
 from .types import FixedType
 
 __all__ = ["FixedTensor"]
@@ -19,6 +20,29 @@ def storage_dtype(type: FixedType) -> torch.dtype:
     integer.check_storable("FixedTensor", type)
     bits = type.width + (not type.signed)
     return torch.int16 if bits <= 16 else torch.int32 if bits <= 32 else torch.int64
+
+
+def cast_raw(raw: Tensor, from_frac_bits: int, type: FixedType, largest: int) -> Tensor:
+    """:func:`integer.recast` of integers of at most ``largest`` in magnitude: the same bits, by the kernel of the cast
+    from floats where float64 holds the integers (an integer is a float whose binary point is moved)."""
+    int_bits = type.int_bits + from_frac_bits
+    chance = type.rounding == "stochastic"
+    if chance or largest > 1 << 53 or type.width > 32 or not INT_BITS[0] <= int_bits <= INT_BITS[1]:
+        return integer.recast(raw, from_frac_bits, type)
+    return _to_raw(raw.double(), type, int_bits)
+
+
+def _to_raw(x: Tensor, type: FixedType, int_bits: int, seed: Tensor | int | None = None) -> Tensor:
+    return functional.to_raw(
+        x,
+        type.width,
+        int_bits,
+        signed=type.signed,
+        rounding=type.rounding,
+        overflow=type.overflow,
+        saturated_bits=type.saturated_bits,
+        seed=seed,
+    )
 
 
 def _passed_on(name: str) -> Callable[..., FixedTensor]:
@@ -86,6 +110,33 @@ class FixedTensor:
         self.raw, self.type = raw.to(storage_dtype(type)), type
         return self
 
+    @classmethod
+    def from_float(cls, x: Tensor, type: FixedType, *, seed: Tensor | int | None = None) -> FixedTensor:
+        """The cast of floats to ``type``: :func:`~fastcifar.fixedpoint.to_raw` with its type.
+
+        Args:
+            x: any shape; float32, float64, bfloat16 or float16. NaN gives 0.
+            type: of at most 32 bits, with int_bits of -4 to 40.
+            seed: of stochastic rounding, as there.
+
+        Raises:
+            TypeError: ``x`` is not a dense floating tensor, or ``type`` no :class:`FixedType`.
+            ValueError: ``type`` is of another size, or a seed without stochastic rounding.
+
+        Example:
+            >>> import torch
+            >>> from fastcifar.fixedpoint import FixedTensor, FixedType
+            >>> FixedTensor.from_float(torch.tensor([0.3, 9.0]), FixedType(4, 2, overflow="sat"))
+            FixedTensor([0.25, 1.75], ap_fixed<4, 2, AP_TRN, AP_SAT>)
+        """
+        op = "from_float"
+        functional.check_x(op, x)
+        if not isinstance(type, FixedType):
+            raise TypeError(f"{op}: expected type to be a FixedType, got {type!r}")
+        if type.width > 32 or not INT_BITS[0] <= type.int_bits <= INT_BITS[1]:
+            raise ValueError(f"{op}: expected a type of at most 32 bits with int_bits of -4 to 40, got {type}")
+        return cls.trusted(_to_raw(x, type, type.int_bits, seed), type)
+
     def float(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values as floats; one that ``dtype`` cannot hold is rounded to the nearest, ties to even.
 
@@ -97,7 +148,7 @@ class FixedTensor:
 
     def cast(self, type: FixedType) -> FixedTensor:
         """The numbers in another type, by its rounding and overflow modes (:func:`integer.recast`)."""
-        return FixedTensor.trusted(integer.recast(self.raw, self.type.frac_bits, type), type)
+        return FixedTensor.trusted(cast_raw(self.raw, self.type.frac_bits, type, self.type.largest), type)
 
     # ---- arithmetic --------------------------------------------------------------------------------------------------
 
