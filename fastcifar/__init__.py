@@ -3,12 +3,12 @@
 import importlib
 from types import ModuleType
 
-from . import spectral, spiking
+from . import earlyexit, spectral, spiking
 from ._version import __version__
 from .diagnosis import doctor
 from .memory import keep_memory_mapped
 
-__all__ = ["__version__", "doctor", "fixedpoint", "keep_memory_mapped", "spectral", "spiking"]
+__all__ = ["__version__", "doctor", "earlyexit", "fixedpoint", "keep_memory_mapped", "spectral", "spiking"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -21,6 +21,7 @@ by_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 by_float_spec = pytest.mark.parametrize(
     "spec", [s for s in SPECS if s.dtypes[0].is_floating_point], ids=lambda s: s.name
 )
+by_differentiable = pytest.mark.parametrize("spec", [s for s in SPECS if s.differentiable], ids=lambda s: s.name)
 by_device = pytest.mark.parametrize("device", DEVICES)
 # What is promised of the kernels and not of PyTorch itself, on which the references run.
 needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
@@ -285,7 +286,7 @@ def _first_loss(spec, inputs, options):
     return loss, inputs[first]
 
 
-@by_float_spec
+@by_differentiable
 @by_device
 def test_torch_func_grad(spec, device):
     for options in spec.options:
@@ -316,7 +317,7 @@ def test_vmap_equals_a_loop(spec, device, in_dim):
             assert identical(m, torch.stack([out[i] for out in looped]))
 
 
-@by_float_spec
+@by_differentiable
 @by_device
 def test_vmap_of_grad_equals_a_loop(spec, device):
     inputs = _inputs(spec, "prime", torch.float32, device)

@@ -48,6 +48,27 @@ def test_exp_at_the_ends(isa, dtype):
     assert np.isposinf(out[6:]).all()
 
 
+def _log(isa, x):
+    out = np.empty_like(x)
+    host.log(isa, x.dtype.name, x, out)
+    return out
+
+
+@by_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_log_is_within_its_documented_bound(isa, dtype):
+    rng = np.random.default_rng(0)
+    near = np.exp(rng.uniform(-1, 1, 200_000)), 1 + rng.exponential(1e-3, 100_000), 1 - rng.uniform(0, 1e-6, 10_000)
+    tiny = np.finfo(dtype).tiny
+    x = np.concatenate([*near, np.linspace(1, 4096, 100_001), np.exp(rng.uniform(-80, 80, 100_000)), [tiny, 1 / tiny]])
+    x = x.astype(dtype)
+    truth = np.log(x.astype(np.longdouble))
+    ulp = np.spacing(np.abs(truth).astype(dtype)).astype(np.longdouble)
+    assert (np.abs(_log(isa, x).astype(np.longdouble) - truth) / ulp).max() <= 2
+    assert np.isnan(_log(isa, np.array([math.nan], dtype))).all()
+    assert (_log(isa, np.array([1.0], dtype)) == 0).all()
+
+
 @by_isa
 def test_every_float16_widens_exactly(isa):
     bits = np.arange(2**16, dtype=np.uint16)
@@ -265,3 +286,43 @@ def test_integer_products_refuse_what_does_not_fit(isa, arguments, says):
     )
     with pytest.raises(ValueError, match=says):
         host.integer_conv(isa, x, weight, out, **arguments)
+
+
+def _decide(isa, logits, criterion, threshold=0.5):
+    rows = len(logits)
+    score, lists = np.empty(rows, np.float32), [np.full(rows, -1, np.int64) for _ in range(3)]
+    dtype = {2: "bfloat16", 4: "float32", 8: "float64"}[logits.dtype.itemsize]
+    kept = host.exit_decide(isa, dtype, logits, threshold, criterion, score, *lists)
+    return score, *lists, kept
+
+
+@by_isa
+@pytest.mark.parametrize("classes", [1, 7, 32, 33, 100])
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_exit_decision_equals_the_formulas_in_numpy(isa, rows, classes):
+    z = np.random.default_rng(classes).standard_normal((rows, classes)).astype(np.float32) * 3
+    d = z.astype(np.float64) - z.max(1, keepdims=True)
+    total, weighted, second = np.exp(d).sum(1), (np.exp(d) * d).sum(1), np.full(rows, -np.inf)
+    if classes > 1:
+        second = np.sort(d, 1)[:, -2]
+    expected = (1 / total, np.log(total) - weighted / total, (1 - np.exp(second)) / total, -np.log(total) - z.max(1))
+    for criterion, truth in enumerate(expected):
+        score, prediction, exits, keeps, kept = _decide(isa, z, criterion)
+        np.testing.assert_allclose(score, truth, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(prediction, z.argmax(1))
+        leaves = score <= np.float32(0.5) if criterion in (1, 3) else score >= np.float32(0.5)
+        np.testing.assert_array_equal(keeps[:kept], np.flatnonzero(~leaves))
+        np.testing.assert_array_equal(exits[: rows - kept], np.flatnonzero(leaves))
+
+
+def test_exit_scores_have_the_same_bits_for_every_instruction_set():
+    rng = np.random.default_rng(0)
+    for classes in (10, 100):
+        logits = [(rng.standard_normal((999, classes)) * 5).astype(t) for t in (np.float32, np.float64)]
+        logits.append((logits[0].view(np.uint32) >> 16).astype(np.uint16))
+        for z in logits:
+            for criterion in range(4):
+                first, *others = [_decide(isa, z, criterion) for isa in ISAS]
+                for other in others:
+                    np.testing.assert_array_equal(first[0], other[0])
+                    np.testing.assert_array_equal(first[1], other[1])
