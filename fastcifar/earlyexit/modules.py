@@ -169,8 +169,8 @@ class EarlyExit(nn.Module):
             return outputs
         return self._compact(x) if self.mode == "compact" else self._masked(x)
 
-    def _decide(self, exit: int, logits: Tensor, memory: _Memory, fixed_size: bool) -> tuple[Tensor, Tensor, Any]:
-        """Score, who leaves as a mask (None where nobody can), and, if the decision has them, both lists of rows."""
+    def _decide(self, exit: int, logits: Tensor, memory: _Memory, fixed_size: bool) -> tuple[Tensor, Any, Any]:
+        """Score, and who leaves: with patience as a mask, else as a decision."""
         last = exit == len(self.heads) - 1
         criterion = "confidence" if self.criterion == "patience" else self.criterion
         limit = self._thresholds[exit] if not last else None
@@ -195,13 +195,13 @@ class EarlyExit(nn.Module):
         return score if self.criterion in (*RISING, "patience") else -score
 
     def _compact(self, x: Any) -> EarlyExitResult:
-        self._refuse_batch_statistics()
+        refuse_batch_statistics("EarlyExit", self, "use mode 'masked'")
         last = len(self.heads) - 1
         most_confident = self.fallback == "most_confident"
         state, memory = x, _Memory()
         rows: Tensor | None = None  # the sample of each row of the state; None while that is its own number
         alive: Tensor | None = None  # which rows of the state have not left; None: all
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # samples, logits, scores, exits
+        parts: list[tuple[Any, Tensor, Tensor, Tensor]] = []  # samples, logits, scores, exits
         for k, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
             state = stage(state)
             if k < last and self._thresholds[k] is None:
@@ -237,7 +237,7 @@ class EarlyExit(nn.Module):
                 state = compact(state, alive)
                 rows = alive if rows is None else rows[alive]
                 alive = None
-        return _gathered(parts)
+        return gathered(parts)
 
     def _masked(self, x: Any) -> EarlyExitResult:
         last = len(self.heads) - 1
@@ -273,15 +273,6 @@ class EarlyExit(nn.Module):
             off = torch.full_like(out[2], math.nan)
             confidences = torch.stack([off if score is None else score for score in scores])
         return EarlyExitResult(out[0], out[1], out[2], confidences)
-
-    def _refuse_batch_statistics(self) -> None:
-        for name, module in self.named_modules():
-            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-                raise ValueError(
-                    f"EarlyExit: expected batch norms with running statistics, in evaluation, for mode 'compact', got "
-                    f"{type(module).__name__} {name} with batch statistics: dropping rows would change the results of "
-                    "those that stay; use mode 'masked'"
-                )
 
     def extra_repr(self) -> str:
         what = f"patience={self.patience}" if self.patience is not None else f"thresholds={self._thresholds}"
@@ -338,8 +329,19 @@ def _chosen(rows: Tensor | None, alive: Tensor | None) -> Tensor | None:
     return rows[alive]
 
 
-def _gathered(parts: list[tuple[Any, Tensor, Tensor, Tensor]]) -> EarlyExitResult:
-    """The results in the order of the samples."""
+def refuse_batch_statistics(op: str, model: nn.Module, instead: str) -> None:
+    """Raises where dropping rows would change what a batch norm makes of the others."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{op}: expected batch norms with running statistics, in evaluation, where rows are dropped, got "
+                f"{type(module).__name__} {name} with batch statistics: the rows that stay would come out otherwise; "
+                f"{instead}"
+            )
+
+
+def gathered(parts: list[tuple[Any, Tensor, Tensor, Tensor]]) -> EarlyExitResult:
+    """The results in the order of the samples, of parts (samples, logits, scores, exits)."""
     if len(parts) == 1:  # all left together, in order
         _, logits, score, here = parts[0]
         return EarlyExitResult(logits, here, score)
