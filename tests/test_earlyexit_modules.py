@@ -129,7 +129,8 @@ def test_equals_the_shallow_deep_loop_sample_by_sample(mode, cost, threshold):
 @pytest.mark.parametrize("mode", ["compact", "masked", "simulate"])
 @pytest.mark.parametrize("patience", [1, 2, 9])
 def test_equals_the_patience_loop_sample_by_sample(mode, patience):
-    model = conv_model(exits=6, classes=2, mode=mode, criterion="patience", thresholds=None, patience=patience, cost=ALWAYS)
+    options = {"criterion": "patience", "thresholds": None, "patience": patience}
+    model = conv_model(exits=6, classes=2, mode=mode, cost=ALWAYS, **options)
     x = images()
     logits, exit_taken, _, _ = model(x)
     expected = [patience_loop(model, sample[None], patience) for sample in x]
