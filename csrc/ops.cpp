@@ -60,6 +60,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("fixed_to_raw", TORCH_BOX(&fastcifar::fixed_to_raw));
   m.impl("fixed_quantize_backward", TORCH_BOX(&fastcifar::fixed_quantize_backward));
   m.impl("integer_conv", TORCH_BOX(&fastcifar::integer_conv));
+  // earlyexit
+  m.impl("exit_decide", TORCH_BOX(&fastcifar::exit_decide));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

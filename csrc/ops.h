@@ -44,4 +44,9 @@ std::tuple<Tensor, Tensor> fixed_quantize_backward(Tensor grad, Tensor x, Option
 Tensor integer_conv(Tensor x, Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, bool wide);
 
+// earlyexit
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exit_decide(Tensor logits, OptionalTensor thresholds,
+                                                               double threshold, int64_t criterion, double temperature,
+                                                               bool strict);
+
 }  // namespace fastcifar

@@ -395,6 +395,23 @@ def _integer_conv_fake(x, weight, stride, padding, dilation, groups, wide):
     return x.new_empty((x.shape[0], *out, weight.shape[0]), dtype=torch.int64 if wide else torch.int32)
 
 
+# ---- earlyexit -------------------------------------------------------------------------------------------------------
+# Each sample of a vmapped dimension is a batch with lists of rows of its own.
+
+
+def _exit_decide_fake(logits, thresholds, threshold, criterion, temperature, strict):
+    rows = logits.shape[0]
+    whole = [logits.new_empty((rows,), dtype=torch.int64) for _ in range(3)]
+    return logits.new_empty((rows,), dtype=torch.float32), *whole, logits.new_empty((), dtype=torch.int64)
+
+
+def _exit_decide_vmap(info, in_dims, logits, thresholds, *rest):
+    given = zip((logits, thresholds), in_dims, strict=False)
+    each = [[t if d is None else t.select(d, i) for i in range(info.batch_size)] for t, d in given]
+    results = [torch.ops.fastcifar.exit_decide(*pair, *rest) for pair in zip(*each, strict=True)]
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
+
+
 _define()
 for _op, _fake, _vmap, _source in (
     ("neuron_forward", _neuron_forward_fake, _neuron_forward_vmap, "spiking"),
@@ -409,6 +426,7 @@ for _op, _fake, _vmap, _source in (
     ("fixed_to_raw", _fixed_to_raw_fake, _fixed_to_raw_vmap, "fixedpoint"),
     ("fixed_quantize_backward", _fixed_quantize_backward_fake, _fixed_quantize_backward_vmap, "fixedpoint"),
     ("integer_conv", _integer_conv_fake, None, "integer_matmul"),
+    ("exit_decide", _exit_decide_fake, _exit_decide_vmap, "earlyexit"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", _fake, lib=_keep[0])
     if _vmap is not None:
@@ -419,6 +437,7 @@ for _op, _fake, _vmap, _source in (
 if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
     _triton("spiking", "neuron_forward", "neuron_backward")
     _triton("spectral", "spectral_gate_forward", "spectral_gate_backward", "spectrum_forward", "spectrum_inverse")
+    _triton("earlyexit", "exit_decide")
     if (Path(__file__).parent / "_cuda.so").exists():  # `make cuda`
         for _op in ("spectral_gate_forward", "spectral_gate_backward"):
             OWNERS[_op, "cuda"] = "CUDA C++, csrc/cuda/spectral.cu, where it has the grid; else Triton"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FAMILIES = ("spiking", "spectral", "fixedpoint")
+FAMILIES = ("spiking", "spectral", "fixedpoint", "earlyexit")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Inputs = dict[str, Tensor]
@@ -39,7 +39,7 @@ class OpSpec:
             ``"empty"``, ``"one"``, ``"prime"`` and ``"large"``.
         options: combinations of the other arguments, so chosen that every value of each occurs. An option of a
             sampled argument's name takes its place (a number or None instead of a tensor).
-        differentiable: tensor arguments that take a gradient.
+        differentiable: tensor arguments that take a gradient; none of a decision.
         broadcast: those of them that broadcast against one step of the first argument, so that their gradient is a sum.
         exact: indices of the outputs that equal the reference's to the bit in every dtype; others are held to the error
             bound of :func:`compare`.

@@ -248,7 +248,46 @@ def spectral() -> Iterator[Entry]:
         yield entry(large._columns_backward_kernel, side, side, SPECTRUM=side == 64, WANTS_X=True)
 
 
-FAMILIES = {"spiking": spiking, "spectral": spectral}
+def earlyexit() -> Iterator[Entry]:
+    """The kernels of kernels/earlyexit_kernels.py, as kernels/earlyexit.py launches them."""
+    import triton.language as tl
+
+    from . import earlyexit as family
+    from . import earlyexit_kernels as kernels
+
+    factors = {
+        "x": ("fp32", "fp64", "bf16", "fp16"),
+        "K": (2, 10, 100, 1000, 100_000),
+        "CRITERION": (0, 1, 2, 3),
+        "STRICT": (False, True),
+        "limits": ("number", "one", "row"),
+        "aligned": (False, True),
+    }
+    usual = {"CRITERION": 0, "STRICT": False, "limits": "number"}
+    rows = [{"x": "fp32", "K": K, "aligned": K == 1000, **usual} for K in factors["K"]]
+    for row in covering(factors, rows):
+        double = row["x"] == "fp64"
+        how = family.blocks(row["K"], double)
+        multiple = ":16" if row["aligned"] else ""
+        signature = {"logits_ptr": f"*{row['x']}{multiple}", "score_ptr": "*fp32:16", "prediction_ptr": "*i64:16"}
+        signature |= {"stays_ptr": "*u8:16", "counts_ptr": "*i32:16", "B": "i32", "K": "i32"}
+        signature |= {"stride": f"i32{multiple}", "threshold": "fp32", "temperature": "fp64", "inverse": "fp64"}
+        constexprs = {name: row[name] for name in ("CRITERION", "STRICT")}
+        constexprs |= {"EACH": row["limits"] == "row", "COMPUTE": tl.float64 if double else tl.float32}
+        if row["limits"] == "number":
+            constexprs["thresholds_ptr"] = None
+        else:
+            signature["thresholds_ptr"] = "*fp32:16"
+        warps = how.pop("num_warps")
+        name = " ".join(f"{key}={value}" for key, value in row.items())
+        yield Entry(kernels._exit_scores_kernel, signature, constexprs | how, warps, f"_exit_scores_kernel {name}")
+    signature = {"stays_ptr": "*u8:16", "counts_ptr": "*i32:16", "exit_ptr": "*i64:16", "keep_ptr": "*i64:16"}
+    signature |= {"n_keep_ptr": "*i64:16", "B": "i32", "N": "i32", "per": "i32:16"}
+    constexprs = {"ROWS": family.LIST_ROWS, "COUNTS": family.COUNTS}
+    yield Entry(kernels._exit_lists_kernel, signature, constexprs, 4, "_exit_lists_kernel")
+
+
+FAMILIES = {"spiking": spiking, "spectral": spectral, "earlyexit": earlyexit}
 
 
 def entries(families: Sequence[str] = tuple(FAMILIES)) -> list[Entry]:

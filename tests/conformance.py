@@ -18,6 +18,7 @@ SPECS = all_specs()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 by_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+by_differentiable = pytest.mark.parametrize("spec", [s for s in SPECS if s.differentiable], ids=lambda s: s.name)
 by_device = pytest.mark.parametrize("device", DEVICES)
 # What is promised of the kernels and not of PyTorch itself, on which the references run.
 needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
@@ -276,7 +277,7 @@ def _first_loss(spec, inputs, options):
     return loss, inputs[first]
 
 
-@by_spec
+@by_differentiable
 @by_device
 def test_torch_func_grad(spec, device):
     for options in spec.options:
@@ -307,7 +308,7 @@ def test_vmap_equals_a_loop(spec, device, in_dim):
             assert identical(m, torch.stack([out[i] for out in looped]))
 
 
-@by_spec
+@by_differentiable
 @by_device
 def test_vmap_of_grad_equals_a_loop(spec, device):
     inputs = _inputs(spec, "prime", torch.float32, device)
@@ -335,7 +336,7 @@ def test_derivatives_of_first_and_second_order(spec, device):
 
 
 @needs_kernel
-@pytest.mark.parametrize("spec", [s for s in SPECS if not s.smooth], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.differentiable and not s.smooth], ids=lambda s: s.name)
 @by_device
 @pytest.mark.parametrize("incoming", ["constant", "dependent"])
 def test_second_derivative_is_refused(spec, device, incoming):

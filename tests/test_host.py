@@ -48,6 +48,27 @@ def test_exp_at_the_ends(isa, dtype):
     assert np.isposinf(out[6:]).all()
 
 
+def _log(isa, x):
+    out = np.empty_like(x)
+    host.log(isa, x.dtype.name, x, out)
+    return out
+
+
+@by_isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_log_is_within_its_documented_bound(isa, dtype):
+    rng = np.random.default_rng(0)
+    near = np.exp(rng.uniform(-1, 1, 200_000)), 1 + rng.exponential(1e-3, 100_000), 1 - rng.uniform(0, 1e-6, 10_000)
+    tiny = np.finfo(dtype).tiny
+    x = np.concatenate([*near, np.linspace(1, 4096, 100_001), np.exp(rng.uniform(-80, 80, 100_000)), [tiny, 1 / tiny]])
+    x = x.astype(dtype)
+    truth = np.log(x.astype(np.longdouble))
+    ulp = np.spacing(np.abs(truth).astype(dtype)).astype(np.longdouble)
+    assert (np.abs(_log(isa, x).astype(np.longdouble) - truth) / ulp).max() <= 2
+    assert np.isnan(_log(isa, np.array([math.nan], dtype))).all()
+    assert (_log(isa, np.array([1.0], dtype)) == 0).all()
+
+
 @by_isa
 def test_every_float16_widens_exactly(isa):
     bits = np.arange(2**16, dtype=np.uint16)

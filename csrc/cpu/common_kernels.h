@@ -7,7 +7,7 @@ namespace fastcifar {
 using ArrayKernel = void (*)(const void* x, void* out, int64_t n);
 
 struct CommonKernels {
-  ArrayKernel exp[kDTypes];
+  ArrayKernel exp[kDTypes], log[kDTypes];
   ArrayKernel widen[kDTypes], narrow[kDTypes];
   void (*stream_copy)(void* to, const void* from, int64_t bytes);
   int64_t (*multiply_add)(int64_t iterations);

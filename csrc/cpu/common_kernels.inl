@@ -10,6 +10,11 @@ void exp_array(const void* x, void* out, int64_t n) {
   for_each_vector<A>(n,
                      [&](int64_t i, auto width) { store((A*)out + i, exp<A>(load((const A*)x + i, width)), width); });
 }
+template <class A>
+void log_array(const void* x, void* out, int64_t n) {
+  for_each_vector<A>(n,
+                     [&](int64_t i, auto width) { store((A*)out + i, log<A>(load((const A*)x + i, width)), width); });
+}
 template <class S>
 void widen_array(const void* x, void* out, int64_t n) {
   for_each_vector<float>(n,
@@ -49,6 +54,7 @@ static int64_t multiply_add(int64_t iterations) {
 extern const CommonKernels common_kernels;
 const CommonKernels common_kernels = {
     {exp_array<float>, exp_array<double>, nullptr, nullptr},
+    {log_array<float>, log_array<double>, nullptr, nullptr},
     {nullptr, nullptr, widen_array<bfloat16>, widen_array<float16>},
     {nullptr, nullptr, narrow_array<bfloat16>, narrow_array<float16>},
     stream_copy,

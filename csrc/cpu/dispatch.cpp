@@ -35,6 +35,7 @@ FC_TABLES(spiking_kernels, SpikingKernels)
 FC_TABLES(packed_kernels, PackedKernels)
 FC_TABLES(spectral_kernels, SpectralKernels)
 FC_TABLES(fixedpoint_kernels, FixedPointKernels)
+FC_TABLES(exit_kernels, ExitKernels)
 
 Isa best_isa() {
 #if defined(__x86_64__)

@@ -295,13 +295,14 @@ struct ExpConstants<float> {
   static constexpr float round = 0x1.8p23f;  // adding it leaves the nearest integer in the low bits
   static constexpr float lowest = -104.0f;   // exp of less is 0
   static constexpr float highest = 89.0f;    // exp of more is infinite
+  static constexpr float normal = -87.0f;    // exp of no less is a normal number
   static constexpr int mantissa = 23, bias = 127, terms = 7;
 };
 template <>
 struct ExpConstants<double> {
   static constexpr double log2e = 0x1.71547652b82fep0, ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
   static constexpr double round = 0x1.8p52;
-  static constexpr double lowest = -746.0, highest = 710.0;
+  static constexpr double lowest = -746.0, highest = 710.0, normal = -708.0;
   static constexpr int mantissa = 52, bias = 1023, terms = 13;
 };
 
@@ -310,9 +311,8 @@ struct ExpConstants<double> {
 // whose first dropped term is below half an ulp, then 2^n in two factors so that a subnormal result is rounded once.
 // Also right, to the same bound, up to `highest`.
 template <class A>
-FC_INLINE V<A> exp_nonpositive(V<A> x) {
+FC_INLINE V<A> exp_in_range(V<A> x) {  // from `lowest` on
   using C = ExpConstants<A>;
-  x = select<A>(x < C::lowest, splat<A>(C::lowest), x);
   const V<A> shifted = x * C::log2e + C::round;
   const V<A> n = shifted - C::round;
   const V<A> r = (x - n * C::ln2_high) - n * C::ln2_low;
@@ -342,10 +342,49 @@ FC_INLINE V<A> exp_nonpositive(V<A> x) {
 #endif
 }
 
+template <class A>
+FC_INLINE V<A> exp_nonpositive(V<A> x) {
+  return exp_in_range<A>(select<A>(x < ExpConstants<A>::lowest, splat<A>(ExpConstants<A>::lowest), x));
+}
+
 // exp(x) within 1.5 ulp; infinite where it overflows, NaN of NaN.
 template <class A>
 FC_INLINE V<A> exp(V<A> x) {
   return exp_nonpositive<A>(select<A>(x > ExpConstants<A>::highest, splat<A>(ExpConstants<A>::highest), x));
+}
+
+template <class A>
+struct LogConstants;
+template <>
+struct LogConstants<float> {
+  static constexpr float ln2_high = 0x1.62e4p-1f, ln2_low = 0x1.7f7d1cp-20f;
+  static constexpr int32_t root_half = 0x3f3504f3;  // the bits of 1 / sqrt(2)
+  static constexpr int terms = 5;
+};
+template <>
+struct LogConstants<double> {
+  static constexpr double ln2_high = 0x1.62e42fefa38p-1, ln2_low = 0x1.ef35793c7673p-45;
+  static constexpr int64_t root_half = 0x3fe6a09e667f3bcd;
+  static constexpr int terms = 11;
+};
+
+// log(x) of a positive normal number, within 2 ulp (tests/test_host.py asserts it); NaN stays NaN. x = 2^n m with m from
+// 1 / sqrt(2) to sqrt(2), and log m = 2 artanh(s), s = (m - 1) / (m + 1), a series in s^2 <= 0.0295.
+template <class A>
+FC_INLINE V<A> log(V<A> x) {
+  using C = LogConstants<A>;
+  using E = ExpConstants<A>;
+  const I<A> n = ((I<A>)x - C::root_half) >> E::mantissa;
+  const V<A> m = (V<A>)((I<A>)x - (n << E::mantissa));
+  const V<A> f = m - A(1), s = f / (m + A(1)), square = s * s;
+  V<A> p = splat<A>(A(2.0 / (2 * C::terms - 1)));
+#pragma GCC unroll 16
+  for (int k = C::terms - 1; k >= 2; --k) p = p * square + A(2.0 / (2 * k - 1));
+  const V<A> exponent = __builtin_convertvector(n, V<A>);
+  // 2 s = f - s f: where n is 0, f is exact and the rest small beside it.
+  const V<A> rest = s * (p * square - f);
+  const V<A> result = exponent * C::ln2_high + (f + (rest + exponent * C::ln2_low));
+  return select<A>(x == x, result, x);
 }
 
 }  // namespace fastcifar::FASTCIFAR_ISA

@@ -181,11 +181,36 @@ int64_t peak_flops(const std::string& isa, int64_t iterations) {
   return kernels.multiply_add(iterations);
 }
 
-void exp(const std::string& isa, const std::string& dtype, py::array x, py::array out) {
+void on_array(const ArrayKernel (&kernels)[kDTypes], const std::string& dtype, const py::array& x,
+              const py::array& out) {
   const int d = index_of(kDTypeNames, dtype, "dtype");
-  if (d != kFloat32 && d != kFloat64) throw py::value_error("exp: expected float32 or float64");
+  if (d != kFloat32 && d != kFloat64) throw py::value_error("expected float32 or float64");
   const void* from = data_of(x, x.size(), kItemSize[d], "x");
-  common_kernels(isa_of(isa)).exp[d](from, data_of(out, x.size(), kItemSize[d], "out"), x.size());
+  kernels[d](from, data_of(out, x.size(), kItemSize[d], "out"), x.size());
+}
+void exp(const std::string& isa, const std::string& dtype, py::array x, py::array out) {
+  on_array(common_kernels(isa_of(isa)).exp, dtype, x, out);
+}
+void log(const std::string& isa, const std::string& dtype, py::array x, py::array out) {
+  on_array(common_kernels(isa_of(isa)).log, dtype, x, out);
+}
+
+int64_t exit_decide(const std::string& isa, const std::string& dtype, py::array logits, double threshold, int criterion,
+                    py::array score, py::array prediction, py::array exits, py::array keeps) {
+  if (logits.ndim() != 2 || logits.shape(1) < 1) throw py::value_error("expected logits [B, K]");
+  if (criterion < 0 || criterion >= kCriteria) throw py::value_error("unknown criterion");
+  const int d = index_of(kDTypeNames, dtype, "dtype");
+  ExitProblem p;
+  p.rows = logits.shape(0);
+  p.classes = p.row_stride = logits.shape(1);
+  p.logits = data_of(logits, p.rows * p.classes, kItemSize[d], "logits");
+  p.threshold = float(threshold);
+  p.criterion = criterion;
+  p.score = (float*)data_of(score, p.rows, 4, "score");
+  p.prediction = (int64_t*)data_of(prediction, p.rows, 8, "prediction");
+  p.exits = (int64_t*)data_of(exits, p.rows, 8, "exits");
+  p.keeps = (int64_t*)data_of(keeps, p.rows, 8, "keeps");
+  return exit_kernels(isa_of(isa)).decide[d](p, 0, p.rows);
 }
 
 void convert(const std::string& isa, const std::string& dtype, bool widen, py::array from, py::array to) {
@@ -225,6 +250,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("peak_flops", &peak_flops, "isa"_a, "iterations"_a,
         "Runs independent float32 multiplications and additions and returns how many operations it did.");
   m.def("exp", &exp, "isa"_a, "dtype"_a, "x"_a, "out"_a);
+  m.def("log", &log, "isa"_a, "dtype"_a, "x"_a, "out"_a, "Of positive normal numbers.");
+  m.def("exit_decide", &exit_decide, "isa"_a, "dtype"_a, "logits"_a, "threshold"_a, "criterion"_a, "score"_a,
+        "prediction"_a, "exits"_a, "keeps"_a, "Writes scores, predictions and both lists; returns how many are kept.");
   m.def("convert", &convert, "isa"_a, "dtype"_a, "widen"_a, "from_"_a, "to"_a,
         "Between float32 and bfloat16 or float16 bits (uint16).");
 }

@@ -121,9 +121,7 @@ def exit_decide(
             f"exit_decide: expected logits to be a dense tensor in float32, float64, bfloat16 or float16, got {got}"
         )
     if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(
-            f"exit_decide: expected logits [B, K] of at least one class K, got {tuple(logits.shape)}"
-        )
+        raise ValueError(f"exit_decide: expected logits [B, K] of at least one class K, got {tuple(logits.shape)}")
     if criterion not in _CRITERION:
         raise ValueError(f"exit_decide: expected criterion to be one of {', '.join(CRITERIA)}; got {criterion!r}")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):

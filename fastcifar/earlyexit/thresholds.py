@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 NEVER, ALWAYS = 1e8, -1e8  # MSDNet's thresholds of an exit that nobody takes, and of the last
-_AT_ONCE = 4 << 20  # budgets times samples
 
 __all__ = ["ParetoFront", "exit_shares", "find_thresholds", "first_exit", "pareto"]
 
@@ -97,26 +96,22 @@ def find_thresholds(
     thresholds = torch.full(counts.shape, NEVER, dtype=confidence.dtype, device=confidence.device)
     thresholds[:, -1] = ALWAYS
     if exits > 1 and samples:
-        sorted_values, order = confidence[:-1].sort(1, descending=True)
-        size = max(1, _AT_ONCE // samples)
-        for begin in range(0, len(counts), size):
-            part = slice(begin, begin + size)
-            _search(confidence, sorted_values, order, counts[part], thresholds[part])
+        values, order = confidence[:-1].sort(1, descending=True)
+        for budget, filled in zip(counts.tolist(), thresholds, strict=True):
+            _search(confidence, values, order, budget, filled)
     return thresholds.reshape(shares.shape)
 
 
-def _search(confidence: Tensor, sorted_values: Tensor, order: Tensor, counts: Tensor, thresholds: Tensor) -> None:
-    """Fills in the thresholds of some budgets, all of them at once."""
-    samples = confidence.shape[1]
-    left = torch.ones(len(counts), samples, dtype=torch.bool, device=confidence.device)
-    for k, values in enumerate(sorted_values):
-        walked = left.index_select(1, order[k]).cumsum(1, dtype=torch.int32)
-        wanted = counts[:, k : k + 1].clamp(max=samples + 1).int()
-        place = torch.searchsorted(walked, wanted).squeeze(1)
-        found = (place < samples) & (wanted.squeeze(1) > 0)
-        threshold = torch.where(found, values[place.clamp(max=samples - 1)], NEVER)
-        thresholds[:, k] = threshold
-        left &= confidence[k] < threshold.unsqueeze(1)
+def _search(confidence: Tensor, values: Tensor, order: Tensor, budget: list[int], thresholds: Tensor) -> None:
+    """Fills in the thresholds of one budget."""
+    left: Tensor | None = None  # the first exit finds everyone
+    for k, wanted in enumerate(budget[:-1]):
+        places = None if left is None else left.index_select(0, order[k]).nonzero().squeeze(1)
+        if not 0 < wanted <= (confidence.shape[1] if places is None else len(places)):
+            continue
+        thresholds[k] = values[k, wanted - 1 if places is None else places[wanted - 1]]
+        stays = confidence[k] < thresholds[k]
+        left = stays if left is None else left.logical_and_(stays)
 
 
 def first_exit(confidence: Tensor, thresholds: float | Tensor | Sequence[float], strict: bool = False) -> Tensor:

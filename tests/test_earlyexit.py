@@ -1,0 +1,470 @@
+"""What is special about exit decisions: traps, ties, both bodies of the kernel, lists; conformance.py runs the rest."""
+
+import math
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from fastcifar import _library
+from fastcifar.earlyexit import CRITERIA, compact, exit_decide, reference, scatter_results
+
+needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INF, NAN = math.inf, math.nan
+# Classes in the lanes of one register, of two tiles, at the border between the two bodies, one past a block, and many.
+CLASSES = (1, 2, 3, 10, 16, 17, 31, 32, 33, 47, 64, 65, 100, 1000)
+
+
+def _logits(rows, classes, dtype=torch.float32, seed=0, scale=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(rows, classes, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def _isas(each_isa, check):
+    """With every instruction set, or without a kernel once."""
+    each_isa(check) if _library.WHY_NO_EXTENSION is None else check(None)
+
+
+def _between(scores):
+    """A threshold that parts the scores in the middle, as far from both neighbours as from each other."""
+    ordered = scores.double().sort().values
+    if len(ordered) < 2:
+        return 0.0
+    middle = len(ordered) // 2
+    gap = (ordered[1:] - ordered[:-1])[max(0, middle - 5) : middle + 5]
+    at = max(0, middle - 5) + int(gap.argmax())
+    return float((ordered[at] + ordered[at + 1]) / 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_equals_reference_in_both_bodies(classes, dtype, each_isa):
+    """Numbers of rows that fill no tile, one, and more; every criterion."""
+    problems = []
+    for rows in (1, 15, 16, 17, 101):
+        logits = _logits(rows, classes, dtype)
+        for criterion in CRITERIA:
+            for temperature in (1.0, 2.5):
+                options = {"criterion": criterion, "temperature": temperature}
+                truth = reference.exit_scores(logits.double(), **options).double()
+                eager = reference.exit_scores(logits, **options).double()
+                options |= {"threshold": _between(truth)}
+                expected = reference.exit_decide(logits, **options)
+
+                def check(isa, logits=logits, options=options, expected=expected, truth=truth, eager=eager):
+                    ours = exit_decide(logits, **options, fixed_size=True)
+                    for mine, theirs in zip(ours[1:], expected[1:], strict=True):
+                        if not torch.equal(mine, theirs):
+                            problems.append((isa, options, len(logits)))
+                    error, of_eager = (float((t.double() - truth).abs().max()) for t in (ours.score, eager))
+                    ulp = torch.finfo(torch.float32).eps * max(1.0, float(truth.abs().max()))
+                    if not error <= 2 * of_eager + ulp:
+                        problems.append((isa, options, len(logits), error, of_eager))
+
+                _isas(each_isa, check)
+    assert not problems, problems[:3]
+
+
+@needs_kernel
+@pytest.mark.parametrize("classes", [2, 10, 32, 100, 1000])
+def test_scores_are_within_their_stated_bounds(classes, each_isa):
+    """docs/earlyexit.md states these, against the float64 truth of float32 logits."""
+    logits = torch.cat([_logits(4096, classes, scale=s) for s in (0.3, 3.0, 30.0)])
+    bounds = {"confidence": 4.0, "margin": 4.0, "entropy": 8.0, "energy": 4.0}
+
+    def check(_):
+        for criterion, bound in bounds.items():
+            truth = reference.exit_scores(logits.double(), criterion=criterion).double()
+            exact = _exact_scores(logits.double(), criterion)
+            ours = exit_decide(logits, 0.5, criterion).score.double()
+            # ulps of the score itself, or of 1 where it is a difference of numbers of about 1
+            scale = exact.abs() if criterion == "confidence" else exact.abs().clamp(min=1.0)
+            ulps = (ours - exact).abs() / (torch.finfo(torch.float32).eps * scale)
+            assert float(ulps.max()) <= bound, (criterion, float(ulps.max()))
+            assert float((truth - exact).abs().max()) <= 1e-5
+
+    each_isa(check)
+
+
+def _exact_scores(z, criterion):
+    """In float64, from torch's own softmax."""
+    p, logp = z.softmax(1), z.log_softmax(1)
+    if criterion == "confidence":
+        return p.amax(1)
+    if criterion == "entropy":
+        return -(p * logp).sum(1)
+    if criterion == "margin":
+        top = p.topk(2).values
+        return top[:, 0] - top[:, 1]
+    return -z.logsumexp(1)
+
+
+@pytest.mark.parametrize("classes", [3, 10, 32, 33, 100, 1000])
+def test_first_of_equal_logits_wins(classes, each_isa):
+    """Ties within a lane, over lanes, over registers and over blocks of 64 bytes; a tie's margin is 0."""
+    places = sorted({0, 1, classes // 2, classes - 2, classes - 1, min(16, classes - 1), min(17, classes - 1)})
+    pairs = [(a, b) for a in places for b in places if a < b]
+    logits = torch.full((len(pairs), classes), -1.0)
+    for row, pair in enumerate(pairs):
+        logits[row, list(pair)] = 2.0
+    first = torch.tensor([a for a, _ in pairs])
+
+    def check(_):
+        for x in (logits, logits.double(), logits.bfloat16()):
+            decision = exit_decide(x, 0.0, "margin")
+            assert torch.equal(decision.prediction, first)
+            assert (decision.score == 0).all()
+            assert decision.n_keep == 0
+            assert exit_decide(x, 0.0, "margin", strict=True).n_keep == len(pairs)
+
+    _isas(each_isa, check)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_a_score_at_the_threshold_exits_unless_strict(classes, criterion, dtype, each_isa):
+    logits = _logits(50, classes, dtype)
+
+    def check(_):
+        score = exit_decide(logits, 0.0, criterion).score
+        for threshold in (score, score.double()):  # one a row
+            assert exit_decide(logits, threshold, criterion).n_keep == 0
+            assert exit_decide(logits, threshold, criterion, strict=True).n_keep == 50
+        falls = criterion in ("entropy", "energy")
+        for row in (0, 7, 49):  # as a number: of one row the tie, of the others the comparison
+            at = score[row].item()
+            inside = score <= at if falls else score >= at
+            assert torch.equal(exit_decide(logits, at, criterion).exit_mask(), inside)
+            assert torch.equal(exit_decide(logits, torch.tensor(at), criterion).exit_mask(), inside)
+            beyond = score < at if falls else score > at
+            assert torch.equal(exit_decide(logits, at, criterion, strict=True).exit_mask(), beyond)
+
+    _isas(each_isa, check)
+
+
+def test_float64_logits_are_compared_in_float32(each_isa):
+    """As everywhere: what differs from the threshold in float64 alone is a tie."""
+    logits = torch.tensor([[0.0, math.log(3)]], dtype=torch.float64) + torch.tensor([[0.0, 1e-12]], dtype=torch.float64)
+
+    def check(_):
+        decision = exit_decide(logits, 0.75)
+        assert decision.score.dtype == torch.float32
+        assert decision.score.item() == 0.75
+        assert decision.n_keep == 0
+        assert exit_decide(logits, 0.75, strict=True).n_keep == 1
+
+    _isas(each_isa, check)
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_a_softmax_never_exit(classes, dtype, each_isa):
+    logits = _logits(40, classes, dtype)
+    logits[3, 0] = logits[5, classes - 1] = logits[8, classes // 2] = NAN
+    logits[8, classes // 2 + 1] = NAN
+    logits[11, 4] = logits[11, 7] = INF
+    logits[13] = -INF
+    logits[17] = NAN
+    bad = {3: 0, 5: classes - 1, 8: classes // 2, 11: 4, 13: 0, 17: 0}
+
+    def check(_):
+        for criterion in CRITERIA:
+            always = INF if criterion in ("entropy", "energy") else -INF
+            decision = exit_decide(logits, always, criterion)
+            assert decision.keep_index.tolist() == sorted(bad)
+            assert decision.prediction[list(bad)].tolist() == list(bad.values())
+            assert decision.score[list(bad)].isnan().all()
+            assert exit_decide(logits, -always, criterion).n_keep == 40
+
+    _isas(each_isa, check)
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_minus_infinity_is_a_class_of_probability_zero(classes, each_isa):
+    logits = _logits(40, classes)
+    logits[:, 1::2] = -INF
+    half = logits[:, ::2]
+
+    def check(_):
+        for criterion in CRITERIA:
+            ours, without = (exit_decide(x, 0.5, criterion).score for x in (logits, half))
+            assert ours.isfinite().all()
+            torch.testing.assert_close(ours, without, rtol=1e-6, atol=1e-6)
+            one = torch.full((3, classes), -INF).index_fill(1, torch.tensor([classes - 1]), 2.0)
+            alone = exit_decide(one, 0.5, criterion)
+            assert alone.prediction.tolist() == [classes - 1] * 3
+            expected = {"confidence": 1.0, "entropy": 0.0, "margin": 1.0, "energy": -2.0}[criterion]
+            assert (alone.score == expected).all()
+
+    _isas(each_isa, check)
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saturated_rows(classes, dtype, each_isa):
+    """A confidence of exactly 1 and an entropy of exactly 0: a threshold there does not turn the exit off."""
+    logits = torch.zeros(20, classes, dtype=dtype)
+    logits[:, 3] = 1000.0
+
+    def check(_):
+        assert exit_decide(logits, 1.0).n_keep == 0
+        assert exit_decide(logits, 1.0, strict=True).n_keep == 20
+        assert exit_decide(logits, INF).n_keep == 20
+        entropy = exit_decide(logits, 0.0, "entropy")
+        assert (entropy.score == 0).all()
+        assert entropy.n_keep == 0
+        assert exit_decide(logits, -INF, "entropy").n_keep == 20
+        assert (exit_decide(logits, 1.0, "margin").score == 1).all()
+
+    _isas(each_isa, check)
+
+
+def test_one_class(each_isa):
+    logits = torch.tensor([[-3.0], [0.0], [2.0]])
+
+    def check(_):
+        expected = {"confidence": [1.0] * 3, "margin": [1.0] * 3, "entropy": [0.0] * 3, "energy": [3.0, 0.0, -2.0]}
+        for criterion, scores in expected.items():
+            decision = exit_decide(logits, 0.0, criterion)
+            assert decision.score.tolist() == scores
+            assert decision.prediction.tolist() == [0, 0, 0]
+
+    _isas(each_isa, check)
+
+
+def test_empty_batch():
+    for fixed_size in (None, True):
+        decision = exit_decide(torch.zeros(0, 10), torch.zeros(0), fixed_size=fixed_size)
+        assert [t.shape for t in decision[:4]] == [(0,)] * 4
+        assert int(decision.n_keep) == 0
+        assert decision.exit_mask().shape == (0,)
+
+
+def test_both_forms_say_the_same():
+    logits = _logits(1000, 10)
+    exact, fixed = (exit_decide(logits, 0.8, fixed_size=f) for f in (None, True))
+    mask = reference.exit_scores(logits) >= 0.8
+    rows = torch.arange(1000)
+    assert isinstance(exact.n_keep, int)
+    assert torch.equal(exact.exit_index, rows[mask])
+    assert torch.equal(exact.keep_index, rows[~mask])
+    assert exact.n_keep == len(exact.keep_index) == int(fixed.n_keep)
+    assert torch.equal(fixed.keep_index, torch.cat([rows[~mask], rows[mask]]))
+    assert torch.equal(fixed.exit_index, torch.cat([rows[mask], rows[~mask]]))
+    for decision in (exact, fixed):
+        assert torch.equal(decision.exit_mask(), mask)
+
+
+@needs_kernel
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("classes", [3, 100])
+def test_lists_that_threads_join_are_in_order(classes, share, threads):
+    rows = 100_003 if classes == 3 else 5003
+    logits = _logits(rows, classes)
+    score = exit_decide(logits, 0.0).score
+    threshold = {0.0: INF, 1.0: -INF}.get(share, score.quantile(0.7).item())
+    mask = score >= threshold
+    for count in (1, 2, 3):
+        threads(count)
+        decision = exit_decide(logits, threshold)
+        assert torch.equal(decision.exit_index, mask.nonzero().squeeze(1))
+        assert torch.equal(decision.keep_index, (~mask).nonzero().squeeze(1))
+
+
+@needs_kernel
+def test_same_bits_for_many_classes_whatever_the_threads_and_instructions(threads, each_isa):
+    logits, seen = _logits(1031, 100), []
+
+    def check(_):
+        for count in (1, 2, 3):
+            threads(count)
+            seen.append([exit_decide(logits, 0.5, c).score for c in CRITERIA])
+
+    each_isa(check)
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+
+
+@pytest.mark.parametrize("classes", [10, 33])
+def test_rows_with_gaps_are_read_in_place(classes, each_isa):
+    wide = torch.full((50, classes + 30), NAN)
+    logits = wide[:, 7 : 7 + classes].copy_(_logits(50, classes))
+    expected = reference.exit_decide(logits, 0.5)
+    same = logits[:1].expand(50, classes)
+
+    def check(_):
+        for mine, theirs in zip(exit_decide(logits, 0.5, fixed_size=True)[1:], expected[1:], strict=True):
+            assert torch.equal(mine, theirs)
+        score = exit_decide(same, 0.5).score
+        assert (score == score[0]).all()
+        assert score[0] == exit_decide(logits, 0.5).score[0]
+
+    _isas(each_isa, check)
+
+
+def test_a_decision_never_requires_a_gradient():
+    decision = exit_decide(_logits(8, 10).requires_grad_(), torch.tensor(0.5, requires_grad=True))
+    assert not any(t.requires_grad for t in decision[:4])
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.9])
+def test_exits_as_the_official_shallow_deep_loop(threshold):
+    """One sample at a time, as ResNet_SDN.early_exit: the first head whose largest softmax is at least the threshold,
+    else the head that was surest."""
+    heads = [_logits(64, 10, seed=s, scale=1.0 + s) for s in range(4)]
+    expected = []
+    for i in range(64):
+        confidences, outcome = [], None
+        for k, head in enumerate(heads):
+            softmax = torch.nn.functional.softmax(head[i : i + 1], dim=1)
+            confidence = torch.max(softmax)
+            if confidence >= threshold:
+                outcome = (k, int(softmax.argmax()))
+                break
+            confidences.append(float(confidence))
+        if outcome is None:
+            k = max(range(4), key=lambda k: confidences[k])
+            outcome = (k, int(heads[k][i].argmax()))
+        expected.append(outcome)
+    ours: list = [None] * 64
+    left, best, surest = torch.arange(64), torch.full((64,), -1.0), [None] * 64
+    for k, head in enumerate(heads):
+        decision = exit_decide(head.index_select(0, left), threshold)
+        for place in decision.exit_index.tolist():
+            ours[left[place]] = (k, int(decision.prediction[place]))
+        for place in decision.keep_index.tolist():
+            row = int(left[place])
+            if decision.score[place] > best[row]:
+                best[row], surest[row] = decision.score[place], (k, int(decision.prediction[place]))
+        left = left.index_select(0, decision.keep_index)
+    ours = [surest[i] if o is None else o for i, o in enumerate(ours)]
+    assert ours == expected
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _images(format=torch.contiguous_format):
+    return torch.arange(2.0 * 3 * 4 * 5 * 5).view(10, 3, 4, 5).contiguous(memory_format=format)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
+def test_compact_takes_rows_of_every_dtype(dtype, index_dtype):
+    x = _images().to(dtype)
+    index = torch.tensor([0, 3, 4, 9], dtype=index_dtype)
+    assert torch.equal(compact(x, index), x[index.long()])
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "last", "sliced", "expanded", "batch_inside"])
+def test_compact_keeps_the_order_of_dimensions(layout):
+    x = _images()
+    x = {
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "last": x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1),
+        "sliced": x[:, :, ::2],
+        "expanded": x[:, :1].expand_as(x),
+        "batch_inside": x.transpose(0, 1).contiguous().transpose(0, 1),
+    }[layout]
+    index = torch.tensor([1, 2, 7])
+    out = compact(x, index)
+    assert torch.equal(out, x[index])
+    if layout == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    if layout in ("channels_last", "transposed", "last"):
+        assert out.stride()[1:] == x.stride()[1:]
+
+
+def test_compact_takes_trees_and_passes_on_what_is_no_tensor():
+    tree = {"v": torch.arange(12.0).view(4, 3), "skips": [(_images()[:4], None), torch.arange(4)], "steps": 3}
+    out = compact(tree, torch.tensor([1, 3]))
+    assert out["steps"] == 3
+    assert out["skips"][0][1] is None
+    assert pytree.tree_structure(out) == pytree.tree_structure(tree)
+    assert torch.equal(out["v"], tree["v"][[1, 3]])
+    assert torch.equal(out["skips"][0][0], tree["skips"][0][0][[1, 3]])
+    assert out["skips"][1].tolist() == [1, 3]
+    assert compact([None], torch.tensor([0])) == [None]
+
+
+def test_compact_and_scatter_of_no_rows_and_of_all():
+    x = _images(torch.channels_last)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert compact(x, none).shape == (0, 3, 4, 5)
+    assert torch.equal(compact(x, torch.arange(10)), x)
+    assert torch.equal(scatter_results(x.clone(), none, x[:0]), x)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_gradient_of_compact_scatters_into_zeros(format):
+    x = _images(format).requires_grad_()
+    index = torch.tensor([2, 5, 6])
+    out = compact(x, index)
+    weight = torch.randn_like(out)
+    (grad,) = torch.autograd.grad((out * weight).sum(), x)
+    expected = torch.zeros_like(x)
+    expected[index] = weight
+    assert torch.equal(grad, expected)
+    double = x.double()
+    assert torch.autograd.gradcheck(lambda t: compact(t, index).square(), double.detach().requires_grad_())
+    assert torch.autograd.gradgradcheck(lambda t: compact(t, index).square(), double.detach().requires_grad_())
+
+
+def test_gradient_of_scatter_results():
+    out, rows = torch.randn(6, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    index = torch.tensor([4, 1])
+    inputs = (out.requires_grad_(), rows.requires_grad_())
+    assert torch.autograd.gradcheck(lambda o, r: scatter_results(o, index, r, inplace=False).square(), inputs)
+    # In place the same, on a tensor that is no leaf.
+    grads = [
+        torch.autograd.grad(scatter_results(out * 1, index, rows, inplace=inplace).sin().sum(), inputs)
+        for inplace in (True, False)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    assert (grads[0][0][index] == 0).all()
+
+
+def test_scatter_undoes_compact():
+    x = {"a": _images(torch.channels_last), "b": [torch.arange(10), None]}
+    decision = exit_decide(_logits(10, 4), 0.6)
+    assert 0 < decision.n_keep < 10
+    out = pytree.tree_map(lambda t: torch.zeros_like(t) if isinstance(t, torch.Tensor) else t, x)
+    for index in (decision.exit_index, decision.keep_index):
+        same = scatter_results(out, index, compact(x, index))
+        assert same["a"] is out["a"]
+    assert torch.equal(out["a"], x["a"])
+    assert torch.equal(out["b"][0], x["b"][0])
+    untouched = torch.zeros(10)
+    copy = scatter_results(untouched, decision.exit_index, torch.ones(len(decision.exit_index)), inplace=False)
+    assert untouched.sum() == 0
+    assert copy.sum() == len(decision.exit_index)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: compact(torch.zeros(3), [0]), TypeError, "keep_index to be a tensor in int64 or int32, got list"),
+        (lambda: compact(torch.zeros(3), torch.tensor([True])), TypeError, "got torch.bool"),
+        (lambda: compact(torch.zeros(3), torch.zeros(1, 1).long()), ValueError, r"one dimension, got \(1, 1\)"),
+        (lambda: compact(torch.zeros(()), torch.tensor([0])), ValueError, r"got \(\)"),
+        (lambda: compact([torch.zeros(3), torch.zeros(4)], torch.tensor([0])), ValueError, r"\[3, ...\], got \(4,\)"),
+        (lambda: scatter_results(torch.zeros(3), [0], torch.zeros(1)), TypeError, "index to be a tensor"),
+        (lambda: scatter_results(torch.zeros(3), torch.tensor([0]), torch.zeros(1).half()), TypeError, "float16"),
+        (lambda: scatter_results(torch.zeros(3), torch.tensor([0]), torch.zeros(2)), ValueError, r"\[1, ...\]"),
+        (lambda: scatter_results([torch.zeros(3)], torch.tensor([0]), torch.zeros(1)), ValueError, "the form of out"),
+    ],
+)
+def test_rows_refuse_in_a_sentence(call, error, says):
+    with pytest.raises(error, match=says) as caught:
+        call()
+    assert str(caught.value).startswith(("compact: expected", "scatter_results: expected"))
+
+
+def test_rows_that_are_not_there_are_refused():
+    for index in (torch.tensor([3]), torch.tensor([-1])):
+        with pytest.raises((IndexError, RuntimeError)):
+            compact(torch.zeros(3, 2), index)
+        with pytest.raises((IndexError, RuntimeError)):
+            scatter_results(torch.zeros(3, 2), index, torch.zeros(1, 2))
