@@ -8,10 +8,11 @@ from ._version import __version__
 from .diagnosis import doctor
 from .memory import keep_memory_mapped
 
-__all__ = ["__version__", "doctor", "earlyexit", "fixedpoint", "keep_memory_mapped", "spectral", "spiking"]
+__all__ = ["__version__", "diffusion", "doctor", "earlyexit", "fixedpoint", "keep_memory_mapped", "spectral", "spiking"]
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "fixedpoint":  # with torch.fx, which its conversion needs: a third of the time that an import may take
-        return importlib.import_module(".fixedpoint", __name__)
+    # Fixed point imports torch.fx, for its conversion: a third of the time that an import may take.
+    if name in ("diffusion", "fixedpoint"):
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
