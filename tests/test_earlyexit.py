@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from fastcifar import _library
-from fastcifar.earlyexit import CRITERIA, compact, exit_decide, reference, scatter_results
+from fastcifar.earlyexit import CRITERIA, exit_decide, reference
 
 needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -59,7 +58,7 @@ def test_equals_reference_in_both_bodies(classes, dtype, each_isa):
                             problems.append((isa, options, len(logits)))
                     error, of_eager = (float((t.double() - truth).abs().max()) for t in (ours.score, eager))
                     ulp = torch.finfo(torch.float32).eps * max(1.0, float(truth.abs().max()))
-                    if not error <= 2 * of_eager + ulp:
+                    if len(logits) > 10 and not error <= 2 * of_eager + ulp:  # of one row it is one draw
                         problems.append((isa, options, len(logits), error, of_eager))
 
                 _isas(each_isa, check)
@@ -69,20 +68,17 @@ def test_equals_reference_in_both_bodies(classes, dtype, each_isa):
 @needs_kernel
 @pytest.mark.parametrize("classes", [2, 10, 32, 100, 1000])
 def test_scores_are_within_their_stated_bounds(classes, each_isa):
-    """docs/earlyexit.md states these, against the float64 truth of float32 logits."""
+    """What the docstring of exit_decide says, against the float64 truth of float32 logits."""
     logits = torch.cat([_logits(4096, classes, scale=s) for s in (0.3, 3.0, 30.0)])
-    bounds = {"confidence": 4.0, "margin": 4.0, "entropy": 8.0, "energy": 4.0}
 
     def check(_):
-        for criterion, bound in bounds.items():
-            truth = reference.exit_scores(logits.double(), criterion=criterion).double()
+        for criterion in CRITERIA:
             exact = _exact_scores(logits.double(), criterion)
             ours = exit_decide(logits, 0.5, criterion).score.double()
             # ulps of the score itself, or of 1 where it is a difference of numbers of about 1
             scale = exact.abs() if criterion == "confidence" else exact.abs().clamp(min=1.0)
             ulps = (ours - exact).abs() / (torch.finfo(torch.float32).eps * scale)
-            assert float(ulps.max()) <= bound, (criterion, float(ulps.max()))
-            assert float((truth - exact).abs().max()) <= 1e-5
+            assert float(ulps.max()) <= 4, (criterion, float(ulps.max()))
 
     each_isa(check)
 
@@ -340,131 +336,3 @@ def test_exits_as_the_official_shallow_deep_loop(threshold):
         left = left.index_select(0, decision.keep_index)
     ours = [surest[i] if o is None else o for i, o in enumerate(ours)]
     assert ours == expected
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def _images(format=torch.contiguous_format):
-    return torch.arange(2.0 * 3 * 4 * 5 * 5).view(10, 3, 4, 5).contiguous(memory_format=format)
-
-
-@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=str)
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.uint8, torch.bool, torch.complex64], ids=str)
-def test_compact_takes_rows_of_every_dtype(dtype, index_dtype):
-    x = _images().to(dtype)
-    index = torch.tensor([0, 3, 4, 9], dtype=index_dtype)
-    assert torch.equal(compact(x, index), x[index.long()])
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "last", "sliced", "expanded", "batch_inside"])
-def test_compact_keeps_the_order_of_dimensions(layout):
-    x = _images()
-    x = {
-        "channels_last": x.contiguous(memory_format=torch.channels_last),
-        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
-        "last": x.permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1),
-        "sliced": x[:, :, ::2],
-        "expanded": x[:, :1].expand_as(x),
-        "batch_inside": x.transpose(0, 1).contiguous().transpose(0, 1),
-    }[layout]
-    index = torch.tensor([1, 2, 7])
-    out = compact(x, index)
-    assert torch.equal(out, x[index])
-    if layout == "channels_last":
-        assert out.is_contiguous(memory_format=torch.channels_last)
-    if layout in ("channels_last", "transposed", "last"):
-        assert out.stride()[1:] == x.stride()[1:]
-
-
-def test_compact_takes_trees_and_passes_on_what_is_no_tensor():
-    tree = {"v": torch.arange(12.0).view(4, 3), "skips": [(_images()[:4], None), torch.arange(4)], "steps": 3}
-    out = compact(tree, torch.tensor([1, 3]))
-    assert out["steps"] == 3
-    assert out["skips"][0][1] is None
-    assert pytree.tree_structure(out) == pytree.tree_structure(tree)
-    assert torch.equal(out["v"], tree["v"][[1, 3]])
-    assert torch.equal(out["skips"][0][0], tree["skips"][0][0][[1, 3]])
-    assert out["skips"][1].tolist() == [1, 3]
-    assert compact([None], torch.tensor([0])) == [None]
-
-
-def test_compact_and_scatter_of_no_rows_and_of_all():
-    x = _images(torch.channels_last)
-    none = torch.zeros(0, dtype=torch.int64)
-    assert compact(x, none).shape == (0, 3, 4, 5)
-    assert torch.equal(compact(x, torch.arange(10)), x)
-    assert torch.equal(scatter_results(x.clone(), none, x[:0]), x)
-
-
-@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_gradient_of_compact_scatters_into_zeros(format):
-    x = _images(format).requires_grad_()
-    index = torch.tensor([2, 5, 6])
-    out = compact(x, index)
-    weight = torch.randn_like(out)
-    (grad,) = torch.autograd.grad((out * weight).sum(), x)
-    expected = torch.zeros_like(x)
-    expected[index] = weight
-    assert torch.equal(grad, expected)
-    double = x.double()
-    assert torch.autograd.gradcheck(lambda t: compact(t, index).square(), double.detach().requires_grad_())
-    assert torch.autograd.gradgradcheck(lambda t: compact(t, index).square(), double.detach().requires_grad_())
-
-
-def test_gradient_of_scatter_results():
-    out, rows = torch.randn(6, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
-    index = torch.tensor([4, 1])
-    inputs = (out.requires_grad_(), rows.requires_grad_())
-    assert torch.autograd.gradcheck(lambda o, r: scatter_results(o, index, r, inplace=False).square(), inputs)
-    # In place the same, on a tensor that is no leaf.
-    grads = [
-        torch.autograd.grad(scatter_results(out * 1, index, rows, inplace=inplace).sin().sum(), inputs)
-        for inplace in (True, False)
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    assert (grads[0][0][index] == 0).all()
-
-
-def test_scatter_undoes_compact():
-    x = {"a": _images(torch.channels_last), "b": [torch.arange(10), None]}
-    decision = exit_decide(_logits(10, 4), 0.6)
-    assert 0 < decision.n_keep < 10
-    out = pytree.tree_map(lambda t: torch.zeros_like(t) if isinstance(t, torch.Tensor) else t, x)
-    for index in (decision.exit_index, decision.keep_index):
-        same = scatter_results(out, index, compact(x, index))
-        assert same["a"] is out["a"]
-    assert torch.equal(out["a"], x["a"])
-    assert torch.equal(out["b"][0], x["b"][0])
-    untouched = torch.zeros(10)
-    copy = scatter_results(untouched, decision.exit_index, torch.ones(len(decision.exit_index)), inplace=False)
-    assert untouched.sum() == 0
-    assert copy.sum() == len(decision.exit_index)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "says"),
-    [
-        (lambda: compact(torch.zeros(3), [0]), TypeError, "keep_index to be a tensor in int64 or int32, got list"),
-        (lambda: compact(torch.zeros(3), torch.tensor([True])), TypeError, "got torch.bool"),
-        (lambda: compact(torch.zeros(3), torch.zeros(1, 1).long()), ValueError, r"one dimension, got \(1, 1\)"),
-        (lambda: compact(torch.zeros(()), torch.tensor([0])), ValueError, r"got \(\)"),
-        (lambda: compact([torch.zeros(3), torch.zeros(4)], torch.tensor([0])), ValueError, r"\[3, ...\], got \(4,\)"),
-        (lambda: scatter_results(torch.zeros(3), [0], torch.zeros(1)), TypeError, "index to be a tensor"),
-        (lambda: scatter_results(torch.zeros(3), torch.tensor([0]), torch.zeros(1).half()), TypeError, "float16"),
-        (lambda: scatter_results(torch.zeros(3), torch.tensor([0]), torch.zeros(2)), ValueError, r"\[1, ...\]"),
-        (lambda: scatter_results([torch.zeros(3)], torch.tensor([0]), torch.zeros(1)), ValueError, "the form of out"),
-    ],
-)
-def test_rows_refuse_in_a_sentence(call, error, says):
-    with pytest.raises(error, match=says) as caught:
-        call()
-    assert str(caught.value).startswith(("compact: expected", "scatter_results: expected"))
-
-
-def test_rows_that_are_not_there_are_refused():
-    for index in (torch.tensor([3]), torch.tensor([-1])):
-        with pytest.raises((IndexError, RuntimeError)):
-            compact(torch.zeros(3, 2), index)
-        with pytest.raises((IndexError, RuntimeError)):
-            scatter_results(torch.zeros(3, 2), index, torch.zeros(1, 2))

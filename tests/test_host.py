@@ -219,3 +219,43 @@ def test_spectral_gate_is_numpys(isa, dtype, size):
         (grad_weight, np.stack([product.real, product.imag], -1)),
     ):
         assert np.abs(ours - truth).max() <= 8 * np.finfo(dtype).eps * np.abs(truth).max()
+
+
+def _decide(isa, logits, criterion, threshold=0.5):
+    rows = len(logits)
+    score, lists = np.empty(rows, np.float32), [np.full(rows, -1, np.int64) for _ in range(3)]
+    dtype = {2: "bfloat16", 4: "float32", 8: "float64"}[logits.dtype.itemsize]
+    kept = host.exit_decide(isa, dtype, logits, threshold, criterion, score, *lists)
+    return score, *lists, kept
+
+
+@by_isa
+@pytest.mark.parametrize("classes", [1, 7, 32, 33, 100])
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_exit_decision_equals_the_formulas_in_numpy(isa, rows, classes):
+    z = np.random.default_rng(classes).standard_normal((rows, classes)).astype(np.float32) * 3
+    d = z.astype(np.float64) - z.max(1, keepdims=True)
+    total, weighted, second = np.exp(d).sum(1), (np.exp(d) * d).sum(1), np.full(rows, -np.inf)
+    if classes > 1:
+        second = np.sort(d, 1)[:, -2]
+    expected = (1 / total, np.log(total) - weighted / total, (1 - np.exp(second)) / total, -np.log(total) - z.max(1))
+    for criterion, truth in enumerate(expected):
+        score, prediction, exits, keeps, kept = _decide(isa, z, criterion)
+        np.testing.assert_allclose(score, truth, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(prediction, z.argmax(1))
+        leaves = score <= np.float32(0.5) if criterion in (1, 3) else score >= np.float32(0.5)
+        np.testing.assert_array_equal(keeps[:kept], np.flatnonzero(~leaves))
+        np.testing.assert_array_equal(exits[: rows - kept], np.flatnonzero(leaves))
+
+
+def test_exit_scores_have_the_same_bits_for_every_instruction_set():
+    rng = np.random.default_rng(0)
+    for classes in (10, 100):
+        logits = [(rng.standard_normal((999, classes)) * 5).astype(t) for t in (np.float32, np.float64)]
+        logits.append((logits[0].view(np.uint32) >> 16).astype(np.uint16))
+        for z in logits:
+            for criterion in range(4):
+                first, *others = [_decide(isa, z, criterion) for isa in ISAS]
+                for other in others:
+                    np.testing.assert_array_equal(first[0], other[0])
+                    np.testing.assert_array_equal(first[1], other[1])

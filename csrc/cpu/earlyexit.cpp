@@ -1,6 +1,8 @@
 // Host side of exit decisions: checks, allocation, the split over torch's threads, and the joining of what each found.
 #include "earlyexit.h"
 
+#include <cstring>
+
 #include "../ops.h"
 
 namespace fastcifar {
@@ -9,6 +11,8 @@ namespace {
 
 // An exponential takes about a nanosecond, and a row about ten whatever its classes.
 constexpr int64_t kRowElements = 8;
+// So many of them are worth a thread: ten microseconds.
+constexpr int64_t kChunk = kGrain / 2;
 
 Tensor vector_of(int64_t n, ScalarType dtype) { return empty_strided({n}, {1}, dtype); }
 
@@ -48,35 +52,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exit_decide(Tensor logits, Op
   Tensor n_keep = empty_strided({}, {}, ScalarType::Long);
   p.score = (float*)score.data_ptr();
   p.prediction = (int64_t*)prediction.data_ptr();
-  int64_t* const exits = (int64_t*)exit_index.data_ptr();
-  int64_t* const keeps = (int64_t*)keep_index.data_ptr();
-  int64_t& kept = *(int64_t*)n_keep.data_ptr();
+  p.exits = (int64_t*)exit_index.data_ptr();
+  p.keeps = (int64_t*)keep_index.data_ptr();
 
-  // Chunks of some twenty microseconds; their lists are joined afterwards, each in its place.
+  // Each chunk writes its lists from its own place on; then they close up, which moves entries down only.
   const auto decide = exit_kernels(checked_isa()).decide[dtype];
-  const int64_t each = std::max<int64_t>(1, kGrain / (p.classes + kRowElements) / kExitRows) * kExitRows;
+  const int64_t work = p.classes + kRowElements;
+  const int64_t each = std::clamp<int64_t>(kChunk / work / kExitRows, 1, 16) * kExitRows;
   const int64_t chunks = (p.rows + each - 1) / each;
-  Dims before(chunks + 1, 0);  // how many are kept before a chunk
-  std::vector<int64_t> lists(2 * p.rows);
-  p.keeps = lists.data();
-  p.exits = lists.data() + p.rows;
-  parallel_for(chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) before[c + 1] = decide(p, c * each, std::min((c + 1) * each, p.rows));
+  Dims kept_of(chunks);
+  parallel_for(chunks, std::max<int64_t>(1, kChunk / (each * work)), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) kept_of[c] = decide(p, c * each, std::min((c + 1) * each, p.rows));
   });
-  for (int64_t c = 0; c < chunks; ++c) before[c + 1] += before[c];
-  kept = before[chunks];
-  const auto place = [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t first = c * each, rows = std::min(first + each, p.rows) - first;
-      const int64_t staying = before[c + 1] - before[c], leaving = rows - staying;
-      const int64_t left = first - before[c];  // how many leave before this chunk
-      std::copy_n(p.keeps + first, staying, keeps + before[c]);
-      std::copy_n(p.keeps + first, staying, exits + (p.rows - kept) + before[c]);
-      std::copy_n(p.exits + first, leaving, exits + left);
-      std::copy_n(p.exits + first, leaving, keeps + kept + left);
-    }
-  };
-  parallel_for(chunks, std::max<int64_t>(1, kGrain / each), place);
+  int64_t kept = 0, left = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t first = c * each, leaving = std::min(each, p.rows - first) - kept_of[c];
+    std::memmove(p.keeps + kept, p.keeps + first, kept_of[c] * sizeof(int64_t));
+    std::memmove(p.exits + left, p.exits + first, leaving * sizeof(int64_t));
+    kept += kept_of[c];
+    left += leaving;
+  }
+  std::copy_n(p.exits, left, p.keeps + kept);
+  std::copy_n(p.keeps, kept, p.exits + left);
+  *(int64_t*)n_keep.data_ptr() = kept;
   return {score, prediction, exit_index, keep_index, n_keep};
 }
 

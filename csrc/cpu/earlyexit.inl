@@ -70,22 +70,46 @@ static __attribute__((noinline)) void transpose_rows(const S* rows, int64_t stri
     }
 }
 
-// exp(d) of a distance to the largest logit, d made finite. A result below the normal numbers, which a processor may
-// take a hundred times as long to make, is 0: no sum with a 1 in it knows the difference.
-template <class A>
-FC_INLINE V<A> exp_of_distance(V<A>& d) {
-  using C = ExpConstants<A>;
-  const I<A> tiny = d < C::normal;
-  d = select<A>(tiny, splat<A>(C::normal), d);
-  return select<A>(tiny, V<A>{}, exp_in_range<A>(d));
+// a where it is larger (smaller) and b elsewhere, with a NaN among them too: what the machine's own instructions do.
+FC_INLINE V<float> larger(V<float> a, V<float> b) {
+#if FASTCIFAR_VECTOR_BYTES == 64
+  return (V<float>)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a,
+                                       (__m512)b);  // the plain one makes gcc warn of its header
+#elif FASTCIFAR_VECTOR_BYTES == 32
+  return (V<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select<float>(a > b, a, b);
+#endif
 }
+FC_INLINE V<double> larger(V<double> a, V<double> b) { return select<double>(a > b, a, b); }
 template <class A>
 FC_INLINE V<A> smaller(V<A> a, V<A> b) {
   return select<A>(a < b, a, b);
 }
+
+// The first lane where a mask is set, or -1.
 template <class A>
-FC_INLINE V<A> larger(V<A> a, V<A> b) {
-  return select<A>(a > b, a, b);
+FC_INLINE int first_lane(I<A> mask) {
+#if FASTCIFAR_VECTOR_BYTES == 64
+  const unsigned bits = sizeof(A) == 4 ? _mm512_movepi32_mask((__m512i)mask) : _mm512_movepi64_mask((__m512i)mask);
+#elif FASTCIFAR_VECTOR_BYTES == 32
+  const unsigned bits = sizeof(A) == 4 ? _mm256_movemask_ps((__m256)mask) : _mm256_movemask_pd((__m256d)mask);
+#else
+  unsigned bits = 0;
+  for (int l = 0; l < kLanes<A>; ++l) bits |= unsigned(mask[l] & 1) << l;
+#endif
+  return bits ? __builtin_ctz(bits) : -1;
+}
+
+// exp(d) of a distance to the largest logit, d made finite. No result is below the normal numbers, which a processor
+// may take a hundred times as long to make: no sum with a 1 in it knows the difference. With kExact such a result is 0.
+template <bool kExact, class A>
+FC_INLINE V<A> exp_of_distance(V<A>& d) {
+  using C = ExpConstants<A>;
+  const I<A> tiny = d < C::normal;
+  d = larger(splat<A>(C::normal), d);
+  const V<A> e = exp_in_range<A>(d);
+  return kExact ? select<A>(tiny, V<A>{}, e) : e;
 }
 
 // What a criterion needs beyond the largest logit and the sum of the exponentials.
@@ -100,15 +124,15 @@ static void few_classes(const ExitTile<A>& tile, int classes, A inverse, ExitSta
     for (int k = 1; k < classes; ++k) {
       const V<A> z = load(&tile.at[k][r], Full{});
       const I<A> above = z > top;
-      if constexpr (kNeed == ExitNeed::kSecond) second = larger<A>(second, smaller<A>(z, top));
+      if constexpr (kNeed == ExitNeed::kSecond) second = larger(second, smaller<A>(z, top));
       index = above ? I<A>{} + Int(k) : index;
-      top = select<A>(above, z, top);
+      top = larger(z, top);
     }
     V<A> total{}, weighted{};
 #pragma GCC unroll 2
     for (int k = 0; k < classes; ++k) {
       V<A> d = (load(&tile.at[k][r], Full{}) - top) * inverse;
-      const V<A> e = exp_of_distance<A>(d);
+      const V<A> e = exp_of_distance<kNeed == ExitNeed::kWeighted, A>(d);
       total = total + select<A>(index == Int(k), V<A>{}, e);
       if constexpr (kNeed == ExitNeed::kWeighted) weighted = weighted + e * d;
     }
@@ -124,7 +148,6 @@ static void few_classes(const ExitTile<A>& tile, int classes, A inverse, ExitSta
 template <class A>
 struct alignas(64) ExitPartials {
   A top[kExitRows][kExitLanes<A>], second[kExitRows][kExitLanes<A>];  // also total, weighted
-  A index[kExitRows][kExitLanes<A>];
 };
 
 template <class A>
@@ -173,33 +196,32 @@ static void sum_lanes(const A (&from)[kExitRows][kExitLanes<A>], ExitTile<A>& ti
 template <class A>
 static void largest_lanes(const ExitPartials<A>& partial, bool second_too, ExitTile<A>& tile, ExitTile<A>& other,
                           ExitStatistics<A>& out) {
-  constexpr int L = kLanes<A>, W = kExitLanes<A>;
-  using Int = decltype(I<A>{}[0] + 0);
   lanes_to_tile<A>(partial.top, tile);
-  lanes_to_tile<A>(partial.second, other);
-  for (int r = 0; second_too && r < kExitRows; r += L) {
+  if (second_too) lanes_to_tile<A>(partial.second, other);
+  for (int r = 0; r < kExitRows; r += kLanes<A>) {
     V<A> top = load(&tile.at[0][r], Full{}), second = load(&other.at[0][r], Full{});
-    for (int l = 1; l < W; ++l) {
+    for (int l = 1; l < kExitLanes<A>; ++l) {
       const V<A> z = load(&tile.at[l][r], Full{});
-      second = larger<A>(larger<A>(second, load(&other.at[l][r], Full{})), smaller<A>(z, top));
-      top = larger<A>(top, z);
-    }
-    store(out.second + r, second, Full{});
-  }
-  lanes_to_tile<A>(partial.index, other);
-  for (int r = 0; r < kExitRows; r += L) {
-    V<A> top = load(&tile.at[0][r], Full{});
-    I<A> index = (I<A>)load(&other.at[0][r], Full{});
-    for (int l = 1; l < W; ++l) {
-      const V<A> z = load(&tile.at[l][r], Full{});
-      const I<A> at = (I<A>)load(&other.at[l][r], Full{}) + Int(l);
-      const I<A> better = (z > top) | ((z == top) & (at < index));
-      index = better ? at : index;
-      top = select<A>(better, z, top);
+      if (second_too) second = larger(larger(second, load(&other.at[l][r], Full{})), smaller<A>(z, top));
+      top = larger(z, top);
     }
     store(out.top + r, top, Full{});
-    store(out.index + r, (V<A>)index, Full{});
+    store(out.second + r, second, Full{});
   }
+}
+
+// The first place of a row's largest logit; 0 of a row that has none.
+template <class A, class S>
+FC_INLINE int64_t place_of(const S* row, int64_t classes, V<A> top) {
+  constexpr int L = kLanes<A>;
+  int64_t c = 0;
+  for (; c + L <= classes; c += L) {
+    const int lane = first_lane<A>(load_as<A>(row + c, Full{}) == top);
+    if (lane >= 0) return c + lane;
+  }
+  for (; c < classes; ++c)
+    if (load_as<A>(row + c, Tail{1})[0] == top[0]) return c;
+  return 0;
 }
 
 template <ExitNeed kNeed, class S, class A = compute_t<S>>
@@ -209,18 +231,13 @@ static void many_classes(const S* rows, int64_t stride, int count, int64_t class
   using Int = decltype(I<A>{}[0] + 0);
   for (int r = 0; r < count; ++r) {
     V<A> top[kParts], second[kParts];
-    I<A> block[kParts];
-    for (int part = 0; part < kParts; ++part)
-      top[part] = second[part] = splat<A>(-__builtin_inf()), block[part] = I<A>{};
-    over_row<A>(rows + r * stride, classes, [&](int64_t c, int part, V<A> z) {
-      const I<A> above = z > top[part];
-      if constexpr (kNeed == ExitNeed::kSecond) second[part] = larger<A>(second[part], smaller<A>(z, top[part]));
-      block[part] = above ? I<A>{} + Int(c) : block[part];
-      top[part] = select<A>(above, z, top[part]);
+    for (int part = 0; part < kParts; ++part) top[part] = second[part] = splat<A>(-__builtin_inf());
+    over_row<A>(rows + r * stride, classes, [&](int64_t, int part, V<A> z) {
+      if constexpr (kNeed == ExitNeed::kSecond) second[part] = larger(second[part], smaller<A>(z, top[part]));
+      top[part] = larger(z, top[part]);
     });
     for (int part = 0; part < kParts; ++part) {
       store(&partial.top[r][part * L], top[part], Full{});
-      store(&partial.index[r][part * L], (V<A>)block[part], Full{});
       if constexpr (kNeed == ExitNeed::kSecond) store(&partial.second[r][part * L], second[part], Full{});
     }
   }
@@ -228,17 +245,17 @@ static void many_classes(const S* rows, int64_t stride, int count, int64_t class
   auto &totals = partial.top, &weights = partial.second;
   for (int r = 0; r < count; ++r) {
     const V<A> top = splat<A>(out.top[r]);
+    const Int index = Int(place_of<A>(rows + r * stride, classes, top));
+    memcpy(&out.index[r], &index, sizeof index);
     V<A> total[kParts], weighted[kParts];
     I<A> own[kParts];  // the largest logit's place, less that of the lane
-    Int index;
-    memcpy(&index, &out.index[r], sizeof index);
     for (int part = 0; part < kParts; ++part) {
       total[part] = weighted[part] = V<A>{};
       own[part] = index - Int(part * L) - lanes_counted<A>();
     }
     over_row<A>(rows + r * stride, classes, [&](int64_t c, int part, V<A> z) {
       V<A> d = (z - top) * inverse;
-      const V<A> e = exp_of_distance<A>(d);
+      const V<A> e = exp_of_distance<kNeed == ExitNeed::kWeighted, A>(d);
       total[part] = total[part] + select<A>(own[part] == Int(c), V<A>{}, e);
       if constexpr (kNeed == ExitNeed::kWeighted) weighted[part] = weighted[part] + e * d;
     });
@@ -263,7 +280,7 @@ static void judge(const ExitProblem& p, ExitStatistics<A>& s, A inverse, const f
       result = log<A>(total) - load(s.weighted + r, Full{}) * result;
     else if (p.criterion == kMargin) {
       V<A> d = (load(s.second + r, Full{}) - top) * inverse;
-      result = (A(1) - exp_of_distance<A>(d)) * result;
+      result = (A(1) - exp_of_distance<true, A>(d)) * result;
     } else if (p.criterion == kEnergy)
       result = A(-p.temperature) * log<A>(total) - top;
     store(s.total + r, total, Full{});

@@ -311,7 +311,7 @@ struct ExpConstants<double> {
 // whose first dropped term is below half an ulp, then 2^n in two factors so that a subnormal result is rounded once.
 // Also right, to the same bound, up to `highest`.
 template <class A>
-FC_INLINE V<A> exp_in_range(V<A> x) {  // from `lowest` on
+FC_INLINE V<A> exp_in_range(V<A> x) {  // of no less than `lowest`
   using C = ExpConstants<A>;
   const V<A> shifted = x * C::log2e + C::round;
   const V<A> n = shifted - C::round;
@@ -368,8 +368,8 @@ struct LogConstants<double> {
   static constexpr int terms = 11;
 };
 
-// log(x) of a positive normal number, within 2 ulp (tests/test_host.py asserts it); NaN stays NaN. x = 2^n m with m from
-// 1 / sqrt(2) to sqrt(2), and log m = 2 artanh(s), s = (m - 1) / (m + 1), a series in s^2 <= 0.0295.
+// log(x) of a positive normal number, within 2 ulp (tests/test_host.py asserts it); NaN stays NaN. x = 2^n m with m
+// from 1 / sqrt(2) to sqrt(2), and log m = 2 artanh(s), s = (m - 1) / (m + 1), a series in s^2 <= 0.0295.
 template <class A>
 FC_INLINE V<A> log(V<A> x) {
   using C = LogConstants<A>;

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +80,9 @@ def exit_decide(
     probability 0. A row that is one class alone has a confidence of exactly 1, so a threshold of 1 does not turn an
     exit off; infinity does. With K = 1 confidence and margin are 1 and entropy is 0.
 
-    The decision has no gradient; the results never require one.
+    Of float32 logits on a CPU, the confidence is within 4 ulp, and the other scores are within 4 ulp of themselves or
+    of 1, whichever is larger; all instruction sets and numbers of threads give the same bits. The decision has no
+    gradient, and the results never require one.
 
     Args:
         logits: ``[B, K]``, float32, float64, bfloat16 or float16; rows may have gaps between them, and other layouts
@@ -134,7 +135,7 @@ def exit_decide(
         number, tensor = threshold, None
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"exit_decide: expected threshold to be a number or a tensor, got {type(number).__name__}")
-        if math.isnan(number):
+        if number != number:  # which a trace can hold, unlike math.isnan
             raise ValueError("exit_decide: expected threshold to be a number, got nan")
 
     if logits.requires_grad:
@@ -198,16 +199,19 @@ def compact(tree: Any, keep_index: Tensor) -> Any:
     """
     _check_index("compact", "keep_index", keep_index)
     if isinstance(tree, Tensor):
-        _check_rows("compact", tree, tree)
-        return reference.compact(tree, keep_index)
+        _check_rows([tree])
+        return _rows(tree, keep_index)
     leaves, form = pytree.tree_flatten(tree)
-    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor)), None)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            _check_rows("compact", leaf, first)
+    _check_rows([leaf for leaf in leaves if isinstance(leaf, Tensor)])
     return pytree.tree_unflatten(
-        [reference.compact(leaf, keep_index) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
+        [_rows(leaf, keep_index) if isinstance(leaf, Tensor) else leaf for leaf in leaves], form
     )
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    # No kernel of ours: index_select moves rows at the speed of the memory, and one call for a whole tree, or rows that
+    # move within their tensor, were not measurably faster.
+    return x.index_select(0, index) if x.is_contiguous() else reference.compact(x, index)
 
 
 def scatter_results(out: Any, index: Tensor, rows: Any, *, inplace: bool = True) -> Any:
@@ -262,7 +266,8 @@ def _check_index(op: str, name: str, index: Tensor) -> None:
         raise ValueError(f"{op}: expected {name} to have one dimension, got {tuple(index.shape)}")
 
 
-def _check_rows(op: str, x: Tensor, first: Tensor) -> None:
-    if x.dim() == 0 or x.shape[0] != first.shape[0]:
-        rows = first.shape[0] if first.dim() else "B"
-        raise ValueError(f"{op}: expected tensors [{rows}, ...], got {tuple(x.shape)}")
+def _check_rows(tensors: list[Tensor]) -> None:
+    for t in tensors:
+        if t.dim() == 0 or tensors[0].dim() == 0 or t.shape[0] != tensors[0].shape[0]:
+            rows = tensors[0].shape[0] if tensors[0].dim() else "B"
+            raise ValueError(f"compact: expected tensors [{rows}, ...], got {tuple(t.shape)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# In the order in which the kernels count them. A confident row has a high confidence or margin, a low entropy or energy.
+# In the order in which the kernels count them. A sure row has a high confidence or margin, a low entropy or energy.
 CRITERIA = ("confidence", "entropy", "margin", "energy")
 RISING = ("confidence", "margin")  # those that exit at or above the threshold
 
@@ -55,7 +55,7 @@ def exit_decide(
 
 def compact(x: Tensor, keep_index: Tensor) -> Tensor:
     """Rows of x, in its order of dimensions in memory."""
-    order = sorted(range(1, x.dim()), key=lambda d: -x.stride(d))
+    order = sorted(range(1, x.dim()), key=lambda d: -x.stride()[d])
     back = [0] * x.dim()
     for place, d in enumerate([0, *order]):
         back[d] = place

@@ -32,7 +32,7 @@ def exit_shares(stages: int, q: float | Sequence[float] | None = None) -> Tensor
     Raises:
         ValueError: ``stages`` is below 1, or q not positive.
 
-    Source: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018, section 5.
+    Source: Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018.
 
     Example:
         >>> from fastcifar.earlyexit import exit_shares
@@ -231,12 +231,12 @@ def pareto(
     for k in range(exits - 2, -1, -1):
         source[k] = last
         last = torch.where(rises[k], k, last)
-    k, sample = rises.nonzero(as_tuple=True)
-    origin = source[k, sample]
-    gain = correct[k, sample].long() - correct[origin, sample].long()
-    values, order = confidence[k, sample].sort(descending=True)
+    exit_, sample = rises.nonzero(as_tuple=True)
+    origin = source[exit_, sample]
+    gain = correct[exit_, sample].long() - correct[origin, sample].long()
+    values, order = confidence[exit_, sample].sort(descending=True)
     right = correct[-1].sum() + gain[order].cumsum(0)
-    spent = cost[-1] * samples + (cost[k] - cost[origin])[order].cumsum(0)
+    spent = cost[-1] * samples + (cost[exit_] - cost[origin])[order].cumsum(0)
 
     # All that share a confidence move together: the sums after the last of them count.
     ends = torch.ones_like(values, dtype=torch.bool)
