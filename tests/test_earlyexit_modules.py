@@ -395,3 +395,5 @@ def test_flops_of_rows():
     assert flops.stages == [96.0, 72.0]
     assert flops.up_to(0) == 96 + 36
     assert flops.full == 96 + 72 + 36
+    with pytest.raises(ValueError, match="count_flops: expected an example"):
+        count_flops(model, torch.randn(0, 8))

@@ -116,7 +116,7 @@ class MeasuredCost(CostModel):
             raise ValueError("MeasuredCost.measure: expected a model in evaluation, got one in training")
         if repeats < 1:
             raise ValueError(f"MeasuredCost.measure: expected at least one repeat, got {repeats}")
-        rows = _rows(example)
+        rows = _rows("MeasuredCost.measure", example)
         sizes = sorted({max(1, rows >> shift) for shift in range(max(1, rows.bit_length()))})
         stages, moves = [], []
         state = example
@@ -168,7 +168,7 @@ def count_flops(model: EarlyExit, example: Any) -> Flops:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and seldom needed
 
-    rows, state = _rows(example), example
+    rows, state = _rows("count_flops", example), example
     stages, heads = [], []
     for stage, head in zip(model.stages, model.heads, strict=True):
         with FlopCounterMode(display=False) as counter:
@@ -180,10 +180,10 @@ def count_flops(model: EarlyExit, example: Any) -> Flops:
     return Flops(stages, heads)
 
 
-def _rows(tree: Any) -> int:
+def _rows(op: str, tree: Any) -> int:
     leaf = next((leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)), None)
     if leaf is None or leaf.dim() == 0 or len(leaf) == 0:
-        raise ValueError("expected an example batch of tensors with at least one row")
+        raise ValueError(f"{op}: expected an example of tensors with at least one row")
     return len(leaf)
 
 
