@@ -3,15 +3,22 @@
 import importlib
 from types import ModuleType
 
-from . import earlyexit, spectral, spiking
+from . import _library  # registers the ops with torch
 from ._version import __version__
 from .diagnosis import doctor
 from .memory import keep_memory_mapped
 
-__all__ = ["__version__", "doctor", "earlyexit", "fixedpoint", "keep_memory_mapped", "spectral", "spiking"]
+FAMILIES = ("diffusion", "earlyexit", "fixedpoint", "spectral", "spiking")
+
+__all__ = ["__version__", "doctor", "keep_memory_mapped", *FAMILIES]
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "fixedpoint":  # with torch.fx, which its conversion needs: a third of the time that an import may take
-        return importlib.import_module(".fixedpoint", __name__)
+    """A family is imported when it is asked for: together they take several times as long as what all of them need."""
+    if name in FAMILIES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *FAMILIES})

@@ -13,7 +13,9 @@ from .batchnorm import (
     affine_of,
     fuse,
 )
+from .calibration import Calibration
 from .conversion import SpikingNetwork, convert
+from .dynamic_confidence import DynamicConfidence, DynamicConfidenceResult
 from .functional import (
     alif,
     cuba_lif,
@@ -46,6 +48,9 @@ __all__ = [
     "QIF",
     "BatchNormThroughTime1d",
     "BatchNormThroughTime2d",
+    "Calibration",
+    "DynamicConfidence",
+    "DynamicConfidenceResult",
     "FusedNeuron",
     "Izhikevich",
     "Leaky",
