@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-from . import _library  # registers the ops with torch
+from . import _library as _library  # registers the ops with torch
 from ._version import __version__
 from .diagnosis import doctor
 from .memory import keep_memory_mapped
