@@ -10,6 +10,7 @@ not AVX-512.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -27,6 +28,7 @@ LIF = 3  # kLIFTimes: tau is a power of two
 # row takes on its way in and out.
 PARTS = "forward_blocks|backward_blocks|surrogate_row|read_row|write_row|write_spikes|write_bytes"
 PARTS += "|spectral_gate|spectral_backward|spectral_reduce|fft"
+PARTS += "|forward_row|backward_row|integer_product_best|integer_depthwise"
 GRIDS = ((8, 8), (14, 14), (32, 32), (11, 15))  # of every kind of plan one
 KERNEL = re.compile(rf"^\s*([\d,]+).*?(\w+::(?:{PARTS})<.+>)\(", re.M)
 
@@ -61,6 +63,29 @@ def run() -> None:
             out, grad_weight = np.empty_like(tokens), np.empty_like(weight)
             _host.spectral_gate(isa, "float32", tokens, weight, out)
             _host.spectral_backward(isa, "float32", tokens, tokens, weight, out, grad_weight)
+        fixed_point(isa, x.ravel(), rng)
+
+
+def fixed_point(isa: str, x, rng) -> None:
+    """One mode for each pair of a rounder and a bounder, in both precisions; products of every kind."""
+    import numpy as np
+
+    from fastcifar import _host
+
+    double, modes = x.astype(np.float64), ((0, 0), (1, 0), (3, 0), (3, 2), (4, 0))
+    for rounding, (overflow, saturated_bits) in itertools.product((4, 5, 7), modes):  # to even, down, at random
+        mode = {"rounding": rounding, "overflow": overflow, "saturated_bits": saturated_bits}
+        for dtype, given in (("float32", x), ("float64", double)):
+            for grad in (None, given):
+                _host.fixed_cast(isa, dtype, given, grad, np.empty_like(given), width=8, frac_bits=6, **mode)
+    for channels, outputs, kernel in ((24, 40, (3, 3)), (130, 33, (1, 1))):
+        images = rng.integers(-128, 128, (2, 9, 9, channels), dtype=np.int16)
+        weight = rng.integers(-128, 128, (outputs, *kernel, channels), dtype=np.int16)
+        each = rng.integers(-128, 128, (3, 3, channels), dtype=np.int16)
+        for wide in (np.int32, np.int64):
+            side = 10 - kernel[0]
+            _host.integer_conv(isa, images, weight, np.empty((2, side, side, outputs), wide))
+            _host.integer_conv(isa, images, each, np.empty((2, 9, 9, channels), wide), padding=[1, 1])
 
 
 def measure() -> dict[str, int]:
@@ -70,6 +95,9 @@ def measure() -> dict[str, int]:
         command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=*_blocks<*"]
         # To the closing bracket: the lambdas in it are no functions to switch at.
         command += ["--toggle-collect=*::spectral_*<float>(fastcifar::SpectralProblem const&, long, long, void*)"]
+        command += [
+            f"--toggle-collect=*::{name}<*" for name in ("cast_items", "integer_product_best", "integer_depthwise")
+        ]
         command += [f"--callgrind-out-file={out}", sys.executable, __file__, "--run"]
         subprocess.run(command, check=True, capture_output=True)
         command = ["callgrind_annotate", "--inclusive=yes", "--threshold=100", out]

@@ -15,7 +15,7 @@ if DEVICE == "cpu":
 
 pytest.importorskip("triton")
 
-from fastcifar.kernels import catalogue, layout, neurons, spiking  # noqa: E402
+from fastcifar.kernels import catalogue, layout, neurons, signatures, spiking  # noqa: E402
 
 from fastcifar.spiking import reference  # noqa: E402
 from fastcifar.spiking.neurons import IDS, WIDE  # noqa: E402
@@ -103,7 +103,7 @@ PARAMETERS = {
 }
 
 # Every pair of these values occurs in some row, but for those of neurons and surrogates.
-MATRIX = catalogue.covering(
+MATRIX = signatures.covering(
     {
         "neuron": tuple(NEURONS),
         "layout": tuple(LAYOUTS),
@@ -428,7 +428,7 @@ def test_catalogue_compiles_without_spills():
 
 def test_covering_meets_every_pair():
     factors, always = {"a": (1, 2, 3), "b": "xy", "c": FLAGS}, {"a": 3, "b": "y", "c": True}
-    rows = catalogue.covering(factors, [always])
+    rows = signatures.covering(factors, [always])
     assert rows[0] == always
     for one, other in (("a", "b"), ("a", "c"), ("b", "c")):
         assert {(r[one], r[other]) for r in rows} == {(p, q) for p in factors[one] for q in factors[other]}

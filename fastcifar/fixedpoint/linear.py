@@ -93,7 +93,8 @@ class FixedLinear(_Product):
         >>> import torch
         >>> from fastcifar.fixedpoint import FixedLinear, FixedTensor, FixedType
         >>> layer = FixedLinear(2, 1, bias=False, frac_bits=2)
-        >>> _ = layer.load_state_dict({"weight": torch.tensor([[0.5, -0.25]])}, strict=False)
+        >>> state = {"weight": torch.tensor([[0.5, -0.25]]), "weight_cast.frac_bits": torch.tensor(7.0)}
+        >>> _ = layer.load_state_dict(state, strict=False)
         >>> layer(FixedTensor(torch.tensor([[7, 2]]), FixedType(8, 4)))
         FixedTensor([[0.25]], ap_fixed<8, 6, AP_RND_CONV, AP_SAT>)
     """
