@@ -117,8 +117,7 @@ def test_staged_model(paired: Paired, leaving: str) -> None:
         "earlyexit",
         op="staged CNN",
         workload=f"[{batch},3,32,32], 4 stages, {leaving} leave{'s' if leaving == 'nobody' else ''} at each",
-        mode="inference",
-        note=f"operations of the rows that stay, with all heads: {ideal:.3f} of the full model's",
+        mode="call",
     )
 
     def full() -> Tensor:
@@ -154,7 +153,8 @@ def test_staged_model(paired: Paired, leaving: str) -> None:
         is_ours = name.startswith("fastcifar")
         role = "ours" if is_ours else "reference" if name == "full model" else "peer"
         target = (NOBODY_TARGET if leaving == "nobody" else IDEAL_TARGET * ideal) if is_ours else None
-        paired.record(name, role=role, target=target, note="without exits" if name == "full model" else "")
+        note = "without exits" if name == "full model" else f"by operations: {ideal:.3f}" if is_ours else ""
+        paired.record(name, role=role, target=target, note=note)
         if name not in ("full model", ALONE):
             check(name, call(), expected)
     with torch.inference_mode():
@@ -189,7 +189,7 @@ def test_earlyon(paired: Paired, widths: Sequence[int]) -> None:
         "earlyexit",
         op="earlyon wrapper",
         workload=f"[{batch},3,32,32], {widths[0]} to {widths[-1]} channels, half leave at each",
-        mode="inference",
+        mode="call",
     )
     theirs = wrap(peer).to(DEVICE).eval()
     theirs.load_state_dict(model.state_dict())
@@ -255,12 +255,11 @@ def test_dynamic_confidence(paired: Paired) -> None:
         "earlyexit",
         op="Dynamic Confidence",
         workload=f"[{batch},3,32,32], {steps} steps, {at.mean():.1f} in the mean",
-        mode="inference",
-        note="a converted network of six convolutions; steps of exit from the official log's histogram",
+        mode="call",
     )
-    paired.record(f"{steps} steps", role="reference")
+    paired.record(f"{steps} steps", role="reference", note="of a converted network of six convolutions")
     paired.record(f"{steps} steps, 9 at once", role="peer", note="SpikingNetwork: its first layer runs once a chunk")
-    paired.record("fastcifar", role="ours", target=PEER_TARGET)
+    paired.record("fastcifar", role="ours", target=PEER_TARGET, note="steps of exit as in the official log")
     paired.time(
         {
             f"{steps} steps": lambda: fixed(x),

@@ -107,6 +107,7 @@ def publish(results: Results) -> None:
         insert(ROOT / "docs" / "spiking.md", marker, page)
     publish_spectral(results, caption)
     publish_fixedpoint(results, caption)
+    publish_earlyexit(results, caption)
     for family, prefix in (("spiking", "grid"), ("spectral", "grid-spectral")):
         grid = HERE / "results" / f"{prefix}-{name}.md"
         if grid.exists():
@@ -151,6 +152,18 @@ def by_modes(cells: list[list[str]]) -> list[list[str]]:
     relative = {tuple(name.split(", ")): ratio for name, _, ratio, *_ in cells[1:]}
     head = f"{cells[0][0]}: times the {cells[1][1]} of the fastest"
     return [[head, *OVERFLOWS], *([rounding, *(relative[rounding, o] for o in OVERFLOWS)] for rounding in ROUNDINGS)]
+
+
+def publish_earlyexit(results: Results, caption: str) -> None:
+    if "earlyexit" not in results.families:
+        return
+    tables = results.families["earlyexit"]["overhead"]
+    ops = [cells for cells in tables if cells[0][0].startswith(("exit_decide", "compact", "find_thresholds"))]
+    models = [cells for cells in tables if cells not in ops]
+    plain = caption.replace("; in brackets the multiple of the floor", "")
+    for marker, found in (("ops", ops), ("models", models)):
+        if found:
+            insert(ROOT / "docs" / "earlyexit.md", marker, plain + "\n\n".join(map(markdown_table, found)))
 
 
 def main() -> int:
