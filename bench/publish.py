@@ -69,8 +69,12 @@ def slim(run: dict[str, Any]) -> dict[str, Any]:
     run["machine_info"] = {"fastcifar": run["machine_info"]["fastcifar"]}
     for benchmark in run["benchmarks"]:
         benchmark.pop("stats", None)
-        for facts in benchmark["extra_info"]["candidates"].values():
+        info = benchmark["extra_info"]
+        for facts in info["candidates"].values():
             facts.pop("times", None)
+        if info["mode"] == "call":  # a table relative to its first candidate
+            base = next(iter(info["candidates"]))
+            info["ratios"] = {name: {base: ratios[base]} for name, ratios in info["ratios"].items()}
     return run
 
 

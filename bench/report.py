@@ -140,7 +140,7 @@ def read_overhead(info: dict[str, Any]) -> list[list[str]]:
     cells = [[f"{info['op']}, {info['workload']}", "time", "relative", "target", ""]]
     for name, facts in info["candidates"].items():
         ratio = info["ratios"][name][base]["median"]
-        target = f"{facts['target']:.3g}" if facts["target"] else ""
+        target = f"{facts['target']:.3g}" if facts.get("target") else ""
         cells.append([name, duration(facts["seconds"]["median"]), f"{ratio:.2f}", target, facts.get("note", "")])
     return cells
 
