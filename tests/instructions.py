@@ -28,7 +28,7 @@ LIF = 3  # kLIFTimes: tau is a power of two
 # row takes on its way in and out.
 PARTS = "forward_blocks|backward_blocks|surrogate_row|read_row|write_row|write_spikes|write_bytes"
 PARTS += "|spectral_gate|spectral_backward|spectral_reduce|fft"
-PARTS += "|forward_row|backward_row|integer_product_best|integer_depthwise"
+PARTS += "|forward_row|backward_row|integer_product_best|integer_depthwise|few_classes|many_classes|decide"
 GRIDS = ((8, 8), (14, 14), (32, 32), (11, 15))  # of every kind of plan one
 KERNEL = re.compile(rf"^\s*([\d,]+).*?(\w+::(?:{PARTS})<.+>)\(", re.M)
 
@@ -64,6 +64,11 @@ def run() -> None:
             _host.spectral_gate(isa, "float32", tokens, weight, out)
             _host.spectral_backward(isa, "float32", tokens, tokens, weight, out, grad_weight)
         fixed_point(isa, x.ravel(), rng)
+        for classes in (10, 100):
+            logits = rng.standard_normal((1024, classes)).astype(np.float32)
+            score, lists = np.empty(1024, np.float32), [np.empty(1024, np.int64) for _ in range(3)]
+            for criterion in range(4):
+                _host.exit_decide(isa, "float32", logits, 0.3, criterion, score, *lists)
 
 
 def fixed_point(isa: str, x, rng) -> None:
@@ -95,9 +100,8 @@ def measure() -> dict[str, int]:
         command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=*_blocks<*"]
         # To the closing bracket: the lambdas in it are no functions to switch at.
         command += ["--toggle-collect=*::spectral_*<float>(fastcifar::SpectralProblem const&, long, long, void*)"]
-        command += [
-            f"--toggle-collect=*::{name}<*" for name in ("cast_items", "integer_product_best", "integer_depthwise")
-        ]
+        names = "cast_items", "integer_product_best", "integer_depthwise", "decide"
+        command += [f"--toggle-collect=*::{name}<*" for name in names]
         command += [f"--callgrind-out-file={out}", sys.executable, __file__, "--run"]
         subprocess.run(command, check=True, capture_output=True)
         command = ["callgrind_annotate", "--inclusive=yes", "--threshold=100", out]
