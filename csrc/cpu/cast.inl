@@ -38,16 +38,6 @@ FC_INLINE Register floor(Register x) {
 }
 #endif
 
-// The operand order of the minps family: NaN where x is.
-template <class A>
-FC_INLINE V<A> at_most(V<A> bound, V<A> x) {
-  return bound < x ? bound : x;
-}
-template <class A>
-FC_INLINE V<A> at_least(V<A> bound, V<A> x) {
-  return bound > x ? bound : x;
-}
-
 // ---- random numbers: a function of the seed's keys and of the element's index ---------------------------------------
 
 template <class A>
@@ -144,7 +134,7 @@ FC_INLINE V<A> sign_magnitude(I<A> v, I<A> below, int width) {
 
 template <int kBounder, class A>
 FC_INLINE Stored<A> bounded(V<A> v, V<A> a, V<A> x, const Cast<A>& c) {
-  const V<A> clamped = at_least<A>(splat<A>(c.low), at_most<A>(splat<A>(c.high), v));  // NaN where v is
+  const V<A> clamped = larger(splat<A>(c.low), smaller<A>(splat<A>(c.high), v));  // NaN where v is
   Stored<A> s;
   s.inside = v == clamped;
   if constexpr (kBounder == kClamp) {
@@ -186,7 +176,7 @@ FC_INLINE Stored<A> cast(V<A> x, const Cast<A>& c, uint64_t index) {
   }
   V<A> a = scaled<A>(x, splat<A>(c.scale), splat<A>(c.least));
   if constexpr (kBounder >= kModulo) {  // infinity: any large number
-    a = at_most<A>(splat<A>(sizeof(A) == 4 ? A(0x1p100) : A(0x1p1000)), a);
+    a = smaller<A>(splat<A>(sizeof(A) == 4 ? A(0x1p100) : A(0x1p1000)), a);
   }
   return bounded<kBounder, A>(round_magnitude<kRounder, A>(a, x, c, index), a, x, c);
 }

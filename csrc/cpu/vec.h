@@ -51,6 +51,23 @@ FC_INLINE V<A> abs(V<A> x) {
   return (V<A>)((I<A>)x & ~(I<A>)splat<A>(A(-0.0)));
 }
 
+// a where it is larger (smaller) and b elsewhere, with a NaN among them too: what the machine's own instructions do.
+FC_INLINE V<float> larger(V<float> a, V<float> b) {
+#if FASTCIFAR_VECTOR_BYTES == 64
+  return (V<float>)_mm512_maskz_max_ps((__mmask16)-1, (__m512)a,
+                                       (__m512)b);  // the plain one makes gcc warn of its header
+#elif FASTCIFAR_VECTOR_BYTES == 32
+  return (V<float>)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return select<float>(a > b, a, b);
+#endif
+}
+FC_INLINE V<double> larger(V<double> a, V<double> b) { return select<double>(a > b, a, b); }
+template <class A>
+FC_INLINE V<A> smaller(V<A> a, V<A> b) {
+  return select<A>(a < b, a, b);
+}
+
 // ---- storage <-> register: float and double as they are, bfloat16 and float16 widened to float ----------------------
 
 // How many lanes a load or store touches: all of them, or the first `count` at the end of a row.
