@@ -45,8 +45,8 @@ def solver_step(
     guidance: float = 1.0,
     limit: float | None = None,
 ) -> Step:
-    """``coefficients`` [3, 11], or [B, 3, 11] with a program for each sample. A term whose coefficient is exactly 0 adds
-    nothing, whatever its tensor holds. ``guidance`` g combines two outputs, ``uncond + g (output - uncond)``."""
+    """``coefficients`` [3, 11], or [B, 3, 11] with a program for each sample. A term whose coefficient is exactly 0
+    adds nothing, whatever its tensor holds. ``guidance`` g combines two outputs, ``uncond + g (output - uncond)``."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = coefficients.to(x.device, dtype)
     rows = rows if rows.dim() == 2 else rows.movedim(0, -1)

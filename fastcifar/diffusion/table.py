@@ -68,9 +68,7 @@ class SolverTable:
         }
         for field, shape in shapes.items():
             if tuple(getattr(self, field).shape) != shape:
-                raise ValueError(
-                    f"SolverTable: expected {field} {list(shape)}, got {list(getattr(self, field).shape)}"
-                )
+                raise ValueError(f"SolverTable: expected {field} {list(shape)}, got {list(getattr(self, field).shape)}")
         if not bool(torch.isfinite(self.coefficients).all()):
             row = int((~torch.isfinite(self.coefficients)).flatten(1).any(1).nonzero()[0])
             raise ValueError(f"SolverTable: expected finite coefficients, got {self.name!r} with others in step {row}")
