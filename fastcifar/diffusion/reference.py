@@ -52,10 +52,10 @@ def solver_step(
     rows = rows if rows.dim() == 2 else rows.movedim(0, -1)
     rows = rows.reshape(3, len(TERMS), -1, *[1] * (x.dim() - 1))
 
+    if output is not None and uncond is not None:
+        output = uncond.to(dtype) + guidance * (output.to(dtype) - uncond.to(dtype))
     terms = [None if t is None else t.to(dtype) for t in (x, output, *history)]
     terms += [None] * (2 + HISTORY - len(terms))
-    if uncond is not None:
-        terms[1] = uncond.to(dtype) + guidance * (terms[1] - uncond.to(dtype))
 
     def combine(row: Tensor, terms: Sequence[Tensor | None]) -> Tensor:
         total = torch.zeros_like(x, dtype=dtype)
