@@ -151,7 +151,7 @@ class _SolverStep(torch.autograd.Function):
     def backward(ctx, *grads):
         x, output, uncond, noise, seed, coefficients, *history = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        of = {"x": needs[0], "output": needs[1]} | {i: need for i, need in enumerate(needs[11:])}
+        of = {"x": needs[0], "output": needs[1]} | dict(enumerate(needs[11:]))
         bits = [*of.values()] + [False] * (HISTORY - len(history)) + [needs[2], needs[3], needs[5]]
         wants = sum(1 << i for i, bit in enumerate(bits) if bit)
         given = [g if ctx.wanted >> i & 1 else None for i, g in enumerate(grads)]
@@ -350,7 +350,7 @@ def normal_numbers(seed: int | Tensor, n: int, *, stream: int = 0) -> Tensor:
 
 
 def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
-    """Per sample, the magnitude s that dynamic thresholding clamps at: ``min(max(quantile(|x0|, ratio), 1), max_value)``.
+    """Per sample, what dynamic thresholding clamps at: ``s = min(max(quantile(|x0|, ratio), 1), max_value)``.
 
     The quantile is interpolated as ``torch.quantile`` does. Clamping to -s...s and dividing by s is the step whose row
     ``converted`` is divided by s and whose limit is 1.
