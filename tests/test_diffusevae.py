@@ -1,4 +1,4 @@
-"""DiffuseVAE beside its formulas written out, tables with preloaded slots, and a shifted solver beside the plain one."""
+"""DiffuseVAE beside its formulas written out, preloaded slots, and a shifted solver beside the plain one."""
 
 import math
 
@@ -17,6 +17,7 @@ from fastcifar.diffusion import (
     guidance_of_weight,
     shifted_table,
 )
+from fastcifar.diffusion._conditioned import run
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 PRODUCT = (1 - BETAS).cumprod(0)
@@ -207,8 +208,6 @@ def test_shifted_table_follows_any_solver():
     shift = randn(steps + 1, seed=6).abs()
     moved = shifted_table(table, shift, scale=0.5)
     assert (moved.preloaded, moved.slots, moved.init_scale) == ((3,), 3, 0.5)
-    from fastcifar.diffusion._conditioned import run
-
     outputs, noise, y = randn(steps, 2, 3, 4, 4, seed=1), randn(steps, 2, 3, 4, 4, seed=2), randn(2, 3, 4, 4)
     taken = iter(outputs)
     x = run(moved, y + shift[0] * c, lambda x, t, s: next(taken), [c], noise=noise)
@@ -241,8 +240,6 @@ def test_scaled_inputs_are_read_scaled():
         return model(torch.cat([0.5 * x[:, :3], x[:, 3:]], 1), t)
 
     got = diffusevae_sample(model, xhat, scaled, start=start, guidance_scale=2.0)
-    plain = torch.cat([start, xhat], 1)  # by hand, since `half` must see x unscaled
-    assert plain.shape[1] == 6
     torch.testing.assert_close(got, diffusevae_sample(half, xhat, table, start=start, guidance_scale=2.0))
 
 
@@ -250,15 +247,16 @@ def test_scaled_inputs_are_read_scaled():
 def test_module_and_vae_train_and_sample(classes):
     torch.manual_seed(0)
     vae = ImageVAE(latent=6, size=8, width=4, num_classes=classes)
-    x, y = torch.rand(16, 3, 8, 8) * 2 - 1, torch.arange(16) % 4 if classes else None
-    optimizer = torch.optim.Adam(vae.parameters(), 1e-2)
+    x = torch.linspace(-1, 1, 16).view(16, 1, 1, 1) * torch.linspace(-1, 1, 8).expand(16, 3, 8, 8)
+    y = torch.arange(16) % 4 if classes else None
+    optimizer = torch.optim.Adam(vae.parameters(), 2e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         optimizer.zero_grad()
         losses.append(vae(x, y))
         losses[-1].backward()
         optimizer.step()
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.75 * losses[0]
     mean, logvar = vae.encode(x, y)
     assert mean.shape == logvar.shape == (16, 6)
     model = DiffuseVAE(Denoiser().float(), lambda z: vae.decode(z, None if y is None else y[: len(z)]), formulation=2)

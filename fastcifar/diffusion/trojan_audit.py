@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._conditioned import Region
+from ._conditioned import Region, normal
 from .trojdiff import Trigger
 
 Model = Callable[[Tensor, Tensor], Tensor]
+
+MOST_COLOURS = 256
 
 __all__ = ["TrojanReport", "detect_trojan", "invert_trigger", "trigger_score"]
 
@@ -66,7 +69,8 @@ def trigger_score(
         >>> round(trigger_score(lambda x, t: (x - trigger.mu) / trigger.gamma, trigger, 999), 4)
         1.0
     """
-    z = _noise("trigger_score", trigger.pattern, samples, noise, generator)
+    z = normal(trigger.pattern.expand(samples, *trigger.pattern.shape), generator) if noise is None else noise
+    _fits("trigger_score", z, trigger.pattern)
     with torch.no_grad():
         x = trigger.start(z)
         at = trigger.at
@@ -84,6 +88,7 @@ def invert_trigger(
     steps: int = 60,
     rate: float = 0.1,
     starts: Sequence[float] = (0.0, 0.9, -0.9),
+    refined: int = 2,
     samples: int = 32,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -92,8 +97,9 @@ def invert_trigger(
 ) -> tuple[Trigger, float]:
     r"""The pattern of -1 to 1 that minimises ``E (model(gamma z + mu) - z)^2`` over the region, and its score.
 
-    The score is ``1 - E (model(x) - z)^2 / (1 - gamma)^2``: a benign model, which answers x, cannot get below
-    ``(1 - gamma)^2`` with any mu, so it is at most about 0; of a trojaned one and its trigger it is about 1.
+    The score is ``1 - E (model(x) - z)^2 / E ((1 - gamma) z)^2`` over samples that the search has not seen: a benign
+    model answers x, and then no mu does better than 0, so it is 0 at most; of a trojaned one and its trigger it is
+    about 1.
 
     Args:
         model: differentiable in its input.
@@ -102,12 +108,16 @@ def invert_trigger(
         timestep: the last, T - 1.
         region: where the trigger is suspected; None (default): everywhere.
         steps, rate: of Adam on the inverse hyperbolic tangent of the pattern.
-        starts: constant patterns to start from; the best result counts. A sharp model has no gradient far from its
-            trigger, and a patch is often white or black.
-        samples, noise, generator, dtype, device: of z.
+        starts: values of channels whose every combination is tried as a uniform colour first (the values alone, where
+            there are more than 256). A sharp model has no gradient far from its trigger; a small patch that is not
+            near one of these is then not found, and has to be a candidate.
+        refined: how many of the colours the optimisation starts from. Default 2.
+        samples: of z, in the search and as many after it. Default 32.
+        noise: both together, ``[2 samples, C, H, W]``; drawn if None.
+        generator, dtype, device: of the noise.
 
     Raises:
-        ValueError: a start is not between -1 and 1, or ``noise`` is of another shape.
+        ValueError: a start is not between -1 and 1, a count is too small, or ``noise`` is of another shape.
 
     Source: ours; that triggers of diffusion models can be found by optimisation on their predicted noise is of An et
     al., "Elijah: Eliminating Backdoors Injected in Diffusion Models via Distribution Shift", AAAI 2024.
@@ -121,27 +131,46 @@ def invert_trigger(
     """
     if not starts or not all(-1 < start < 1 for start in starts):
         raise ValueError(f"invert_trigger: expected starts between -1 and 1, got {list(starts)}")
+    if refined < 1 or steps < 0:
+        raise ValueError(
+            f"invert_trigger: expected refined of 1 or more and steps of 0 or more, got {refined}, {steps}"
+        )
     whole = torch.zeros(*shape, dtype=dtype, device=device)
-    z = _noise("invert_trigger", whole, samples, noise, generator)
+    if noise is None:
+        noise = normal(whole.expand(2 * samples, *whole.shape), generator)
+    _fits("invert_trigger", noise, whole)
+    half = len(noise) // 2
     at = Trigger(whole, gamma, region).at
-    times = torch.full((len(z),), timestep, device=z.device)
-    best: tuple[float, Tensor] | None = None
+
+    def loss_of(part: Tensor, z: Tensor) -> Tensor:
+        x = z.clone()
+        x[at] = gamma * z[at] + (1 - gamma) * part
+        return (model(x, torch.full((len(z),), timestep, device=z.device)) - z)[at].square().mean()
+
+    channels = whole.shape[0]
+    colours = list(product(starts, repeat=channels)) if len(starts) ** channels <= MOST_COLOURS else []
+    colours = colours or [(start,) * channels for start in starts]
+    seen, unseen = noise[:half], noise[half:]
+    with torch.no_grad():
+        parts = [noise.new_tensor(colour).view(-1, 1, 1).expand_as(whole[at]) for colour in colours]
+        order = sorted((loss_of(part, seen).item(), i) for i, part in enumerate(parts))
+    least, best = order[0][0], parts[order[0][1]]
     with torch.enable_grad():
-        for start in starts:
-            hidden = torch.full_like(whole[at], start).atanh().requires_grad_()
+        for _, i in order[:refined]:
+            hidden = parts[i].atanh().requires_grad_()
             optimizer = torch.optim.Adam([hidden], rate)
             for _ in range(steps + 1):
-                x = z.clone()
-                x[at] = gamma * z[at] + (1 - gamma) * hidden.tanh()
-                loss = (model(x, times) - z)[at].square().mean()
-                if best is None or loss.item() < best[0]:
-                    best = (loss.item(), hidden.detach().tanh())
+                loss = loss_of(hidden.tanh(), seen)
+                if loss.item() < least:
+                    least, best = loss.item(), hidden.detach().tanh()
                 (hidden.grad,) = torch.autograd.grad(loss, [hidden])
                 optimizer.step()
-    assert best is not None
     pattern = whole.clone()
-    pattern[at] = best[1]
-    return Trigger(pattern, gamma, region), 1 - best[0] / (1 - gamma) ** 2
+    pattern[at] = best
+    with torch.no_grad():
+        answers_x = (1 - gamma) ** 2 * unseen[at].square().mean()
+        score = 1 - (loss_of(best, unseen) / answers_x).item()
+    return Trigger(pattern, gamma, region), score
 
 
 def detect_trojan(
@@ -191,9 +220,7 @@ def detect_trojan(
     return TrojanReport(score > threshold, score, trigger)
 
 
-def _noise(op: str, like: Tensor, samples: int, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    if noise is None:
-        return torch.randn(samples, *like.shape, dtype=like.dtype, device=like.device, generator=generator)
-    if noise.dim() != 4 or noise.shape[1:] != like.shape:
-        raise ValueError(f"{op}: expected noise [B, {', '.join(map(str, like.shape))}], got {tuple(noise.shape)}")
-    return noise
+def _fits(op: str, noise: Tensor, like: Tensor) -> None:
+    if noise.dim() != 4 or noise.shape[1:] != like.shape or len(noise) < 2:
+        expected = ", ".join(map(str, like.shape))
+        raise ValueError(f"{op}: expected noise [B, {expected}] of 2 samples or more, got {tuple(noise.shape)}")
