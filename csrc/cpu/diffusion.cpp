@@ -378,7 +378,7 @@ A row_quantile(const A* row, int64_t n, double q) {
   constexpr Bits kMagnitude = ~(Bits(1) << (sizeof(A) * 8 - 1));
   // As torch.quantile: the rank is a number of x's dtype.
   const A rank = A(q) * A(n - 1), below = std::floor(rank), weight = rank - below;
-  const int64_t low = int64_t(below), high = std::min<int64_t>(low + 1, n - 1);
+  const int64_t low = int64_t(below), high = std::min(int64_t(std::ceil(rank)), n - 1);
   int64_t counts[2048] = {};
   Bits largest = 0;
   const auto bits_of = [&](int64_t i) {

@@ -4,8 +4,8 @@
 // together, and number 16 j + c of their 64 is made of the words j of counter c: registers are then filled without a
 // shuffle.
 //
-// About 90 operations for each register of numbers, of which Philox is half. A word gives 24 bits of a uniform
-// number, so the largest magnitude is sqrt(50 ln 2) = 5.89.
+// About 90 operations for each register of numbers, of which Philox is half. A word gives 23 bits of a uniform
+// number, so the largest magnitude is sqrt(48 ln 2) = 5.77.
 #pragma once
 #include "diffusion.h"
 #include "vec.h"
@@ -58,7 +58,7 @@ FC_INLINE V<float> square_root(V<float> x) {
 
 // Two independent normal numbers of two words.
 FC_INLINE void box_muller(Words first, Words second, V<float>& one, V<float>& other) {
-  const V<float> u = __builtin_convertvector((I<float>)(first >> 8), V<float>) * 0x1p-24f + 0x1p-25f;
+  const V<float> u = __builtin_convertvector((I<float>)(first >> 9), V<float>) * 0x1p-23f + 0x1p-24f;
   const V<float> radius = square_root(log<float>(u) * -2.0f);
   // A quarter of the circle, and an angle within it of no more than an eighth to either side.
   const I<float> turn = (I<float>)(second >> 8), quarter = turn >> 22;

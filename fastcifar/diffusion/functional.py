@@ -316,7 +316,7 @@ def normal_numbers(seed: int | Tensor, n: int, *, stream: int = 0) -> Tensor:
     """Numbers 0 to n - 1 of a stream of standard normal numbers: Philox 4x32-10 and Box and Muller's transform.
 
     Any number is a function of its place, of ``seed`` and of ``stream`` alone: 64 n' + 16 j + c is made of word j of
-    the counter 16 n' + c under the key ``seed``. A uniform number has 24 bits, so the largest magnitude is 5.89.
+    the counter 16 n' + c under the key ``seed``. The radius has 23 bits, so the largest magnitude is 5.77.
 
     Args:
         seed: a 64-bit integer, or an int64 tensor of one element, on whose device the numbers are made.

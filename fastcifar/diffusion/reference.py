@@ -97,7 +97,7 @@ def normal_numbers(seed: int, stream: int, n: int) -> Tensor:
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
 
     def pair(first: Tensor, second: Tensor) -> list[Tensor]:
-        u = ((first >> 8).double() + 0.5) * 2.0**-24
+        u = ((first >> 9).double() + 0.5) * 2.0**-23
         turn = second >> 8
         quarter, part = turn >> 22, (turn & 0x3FFFFF) - 0x200000
         angle = (quarter.double() + part.double() * 2.0**-22) * (math.pi / 2)
