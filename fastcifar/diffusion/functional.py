@@ -284,7 +284,7 @@ def _coefficients(op: str, given: Any, x: Tensor) -> tuple[list[float], Tensor |
         return [], given
     try:
         numbers = [float(c) for row in given for c in row]
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{op}: expected coefficients to be a tensor or rows of numbers, got {given!r}") from None
     if len(numbers) != 3 * len(TERMS) or len(given) != 3:
         raise ValueError(f"{op}: expected three rows of {len(TERMS)} coefficients, got {len(numbers)} numbers")
@@ -513,9 +513,11 @@ class SolverRun:
                 "would read; use solver_step, or torch.no_grad()"
             )
         seed = self._seed if noise is None and self._noisy[index] else None
-        if self._served:
+        if self._served and uncond is None and noise is None and seed is None:
+            torch.ops.fastcifar.solver_table_step.default(self._ring, output, self._table, index)
+        elif self._served:
             torch.ops.fastcifar.solver_table_step.default(
-                self._ring, output, uncond, noise, seed, self._table, index, self.guidance, index
+                self._ring, output, self._table, index, uncond, noise, seed, self.guidance
             )
         else:
             self._step_by_reference(index, output, uncond, noise, seed)
