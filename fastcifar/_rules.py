@@ -333,6 +333,7 @@ def _step_vmap(info, in_dims, x, output, uncond, history, noise, seed, coefficie
     if coefficients is not None:
         inner = coefficients.dim() - (coefficients_dim is not None)
         rows = _move(coefficients, coefficients_dim, 0, size)
+        assert rows is not None
         samples = x.shape[0] // size
         rows = rows[:, None].expand(size, samples, 3, 11) if inner == 2 else rows
         coefficients = rows.reshape(size * samples, 3, 11)
