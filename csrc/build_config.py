@@ -26,6 +26,7 @@ HEADERS = [
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
     "csrc/cpu/cast.inl",  # of fixedpoint
+    *[f"csrc/cpu/{part}" for part in ("lanes.inl", "power.inl")],  # of earlyexit
     *[f"csrc/cpu/{part}" for part in ("fft.inl", "codelets.inl", "grid.inl")],  # of spectral
 ]
 
