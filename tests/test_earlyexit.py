@@ -98,7 +98,7 @@ def _exact_scores(z, criterion):
 
 @pytest.mark.parametrize("classes", [3, 10, 32, 33, 100, 1000, 5000])
 def test_first_of_equal_logits_wins(classes, each_isa):
-    """Ties within a lane, over lanes, over registers, over blocks of 64 bytes and over segments of 4096 classes; a tie's
+    """Ties within a lane, over lanes, over registers, over blocks of 64 bytes and over segments of 4096; a tie's
     margin is 0, and both of it count in the sum."""
     places = sorted({0, 1, classes // 2, classes - 2, *(min(p, classes - 1) for p in (16, 17, 4095, 4096, classes))})
     pairs = [(a, b) for a in places for b in places if a < b]
