@@ -28,6 +28,7 @@ HEADERS = [
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
     "csrc/cpu/cast.inl",  # of fixedpoint
     "csrc/cpu/normal.inl",  # of diffusion
+    *[f"csrc/cpu/{part}" for part in ("lanes.inl", "power.inl")],  # of earlyexit
     *[f"csrc/cpu/{part}" for part in ("fft.inl", "codelets.inl", "grid.inl")],  # of spectral
 ]
 
