@@ -62,6 +62,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("integer_conv", TORCH_BOX(&fastcifar::integer_conv));
   // earlyexit
   m.impl("exit_decide", TORCH_BOX(&fastcifar::exit_decide));
+  // diffusion: tree search
+  m.impl("tree_select", TORCH_BOX(&fastcifar::tree_select));
+  m.impl("tree_sample", TORCH_BOX(&fastcifar::tree_sample));
+  m.impl("tree_backup", TORCH_BOX(&fastcifar::tree_backup));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

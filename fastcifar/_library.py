@@ -178,6 +178,9 @@ for _op, _source in (
     ("fixed_quantize_backward", "fixedpoint"),
     ("integer_conv", "integer_matmul"),
     ("exit_decide", "earlyexit"),
+    ("tree_select", "tree"),
+    ("tree_sample", "tree"),
+    ("tree_backup", "tree"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", getattr(_rules, f"{_op}_fake"), lib=_keep[0])
     if hasattr(_rules, f"{_op}_vmap"):

@@ -269,3 +269,19 @@ def exit_decide_vmap(info, in_dims, logits, thresholds, *rest):
     each = [[t if d is None else t.select(d, i) for i in range(info.batch_size)] for t, d in given]
     results = [torch.ops.fastcifar.exit_decide(*pair, *rest) for pair in zip(*each, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
+
+
+# ---- diffusion: tree search ------------------------------------------------------------------------------------------
+# A tree has no vmap rule: more of them are more roots.
+
+
+def tree_select_fake(value, visits, taken, start, count, pool, allowed, roots, uniform, descents, *rest):
+    return roots.new_empty((roots.shape[0], descents))
+
+
+def tree_sample_fake(value, start, count, pool, roots, uniform, lam):
+    return roots.new_empty(roots.shape)
+
+
+def tree_backup_fake(value, parent, depth, start, count, pool, nodes, lam):
+    return None

@@ -7,6 +7,7 @@
 #include "packed.h"
 #include "spectral.h"
 #include "spiking.h"
+#include "tree.h"
 
 namespace fastcifar {
 
@@ -29,5 +30,6 @@ const PackedKernels& packed_kernels(Isa isa);
 const SpectralKernels& spectral_kernels(Isa isa);
 const FixedPointKernels& fixedpoint_kernels(Isa isa);
 const ExitKernels& exit_kernels(Isa isa);
+const TreeKernels& tree_kernels(Isa isa);
 
 }  // namespace fastcifar

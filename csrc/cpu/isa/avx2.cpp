@@ -10,4 +10,5 @@
 #include "../packed.inl"
 #include "../spectral.inl"
 #include "../spiking.inl"
+#include "../tree.inl"
 #endif
