@@ -15,10 +15,10 @@ struct alignas(64) TreeBlock {
   double at[kTreeBlock];
 };
 
-// A node's children, or null where the arrays are not a tree.
-FC_INLINE const int64_t* children_of(const TreeProblem& p, int64_t node) {
+// Whether a node's list of children lies in the pool.
+FC_INLINE bool has_list(const TreeProblem& p, int64_t node) {
   const int64_t start = p.start[node], count = p.count[node];
-  return start >= 0 && count >= 0 && start <= p.slots && count <= p.slots - start ? p.pool + start : nullptr;
+  return start >= 0 && count >= 0 && start <= p.slots && count <= p.slots - start;
 }
 
 // The values of up to kTreeBlock children, filled up to whole registers with their last. False: not a tree.
@@ -114,9 +114,8 @@ static int64_t upper_bound(const TreeProblem& p, const int64_t* children, int64_
 static int64_t descend(const TreeProblem& p, int64_t root, const double* uniform) {
   int64_t node = root;
   for (int64_t level = 0;; ++level) {
-    if ((uint64_t)node >= (uint64_t)p.nodes) return -1;
-    const int64_t* children = children_of(p, node);
-    if (children == nullptr) return -1;
+    if ((uint64_t)node >= (uint64_t)p.nodes || !has_list(p, node)) return -1;
+    const int64_t* children = p.pool + p.start[node];
     const int64_t count = p.count[node];
     int64_t visits = 0;
     if (p.visits != nullptr) {
@@ -145,9 +144,8 @@ static bool soften(const TreeProblem& p, double* value, const int64_t* nodes, in
   TreeBlock block;
   for (int64_t i = 0; i < n; ++i) {
     const int64_t node = nodes[i];
-    if ((uint64_t)node >= (uint64_t)p.nodes) return false;
-    const int64_t* children = children_of(p, node);
-    if (children == nullptr) return false;
+    if ((uint64_t)node >= (uint64_t)p.nodes || !has_list(p, node)) return false;
+    const int64_t* children = p.pool + p.start[node];
     const int64_t count = p.count[node];
     if (count == 0) continue;
     if (count == 1) {  // its own mean
