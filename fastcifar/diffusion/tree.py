@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import HISTORY, solver_step
+from .functional import solver_step
+from .reference import HISTORY
 from .table import SolverTable
 from .tree_arrays import Forest, Rows
 
@@ -56,8 +57,8 @@ class TableStep:
         noise = None
         if self.table.noisy[index]:
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        rows = self.table.coefficients[index]
-        return solver_step(x, output, [None] * HISTORY, rows, noise, limit=self.table.limit).x_next
+        rows = self.table.coefficients[index].tolist()
+        return solver_step(x, output, (), rows, noise, limit=self.table.limit, wanted=("x_next",)).x_next
 
 
 class TreeSampler:

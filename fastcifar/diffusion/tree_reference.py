@@ -122,12 +122,12 @@ def backup(
     value: Tensor, parent: Tensor, depth: Tensor, start: Tensor, count: Tensor, pool: Tensor, nodes: Tensor, lam: float
 ) -> None:
     """Soft values of ``nodes`` and of all above them; a node without children keeps its own."""
-    waiting = set(nodes.flatten().tolist())
-    while waiting:
-        node = max(waiting, key=lambda i: int(depth[i]))  # when all below it is done
-        waiting.remove(node)
+    touched: set[int] = set()
+    for node in nodes.flatten().tolist():
+        while node >= 0 and node not in touched:
+            touched.add(node)
+            node = int(parent[node])
+    for node in sorted(touched, key=lambda i: -int(depth[i])):  # after all below it
         children = _children(start, count, pool, node)
         if children:
             value[node] = soft_value(value[children].tolist(), lam)
-        if parent[node] >= 0:
-            waiting.add(int(parent[node]))
