@@ -236,6 +236,9 @@ def sampler(**given):
         ({"widening": (0, 0.5)}, ValueError, "C > 0 and alpha <= 1, got \\(0, 0.5\\)"),
         ({"widening": (1, 1.5)}, ValueError, "C > 0 and alpha <= 1"),
         ({"widening": (1, -1)}, ValueError, "expected alpha of widening to be finite and at least 0"),
+        ({"widening": 1}, TypeError, r"expected widening to be a pair \(C, alpha\), got 1"),
+        ({"shape": 3}, TypeError, "expected shape to be the sizes of one state, got 3"),
+        ({"shape": (3, -1)}, TypeError, r"expected shape to be the sizes of one state, got \(3, -1\)"),
         ({"max_children": 0}, ValueError, "expected max_children to be finite and at least 1"),
         ({"width": 1.5}, TypeError, "expected width to be an integer, got float"),
         ({"trees": 0}, ValueError, "expected trees"),
@@ -281,7 +284,7 @@ def test_calls_out_of_order_are_refused():
     assert math.isnan(float(tree.root_value))
     with pytest.raises(ValueError, match="expected tree to be below 1, got 1"):
         tree.run(1).sample(1, tree=1)
-    assert tree.sample(0).x.shape == (0, 1)
+    assert tree.sample(0).x.shape == sampler(trees=2).run(1).sample(0).x.shape == (0, 1)
     assert tree.samples().x.shape == (1, 1)
 
 
@@ -343,5 +346,7 @@ def test_a_table_is_a_step():
 def test_a_table_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="TableStep: expected a table without history"):
         TableStep(lambda x, t: x, table(history=True))
+    with pytest.raises(TypeError, match="TableStep: expected table to be a SolverTable, got int"):
+        sampler(table=3)
     with pytest.raises(ValueError, match="TreeSampler: expected steps to be the table's 2, got 3"):
         sampler(table=table(), steps=3)

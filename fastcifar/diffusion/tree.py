@@ -41,10 +41,13 @@ class TableStep:
         table: S steps; what the model predicts is the table's affair.
 
     Raises:
+        TypeError: ``table`` is no :class:`SolverTable`.
         ValueError: the table reads a history slot.
     """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], table: SolverTable) -> None:
+        if not isinstance(table, SolverTable):
+            raise TypeError(f"TableStep: expected table to be a SolverTable, got {type(table).__name__}")
         if bool(table.coefficients[:, :, 2 : 2 + HISTORY].any()):
             raise ValueError(f"TableStep: expected a table without history (one step at a time), got {table.name!r}")
         self.model, self.table = model, table
@@ -156,10 +159,15 @@ class TreeSampler:
         for name, function in (("step", step), ("reward", reward), ("prior", prior or reward)):
             if not callable(function):
                 raise TypeError(f"TreeSampler: expected {name} to be callable, got {type(function).__name__}")
+        if not isinstance(shape, Sequence) or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise TypeError(f"TreeSampler: expected shape to be the sizes of one state, got {shape!r}")
+        if not isinstance(widening, Sequence) or len(widening) != 2:
+            raise TypeError(f"TreeSampler: expected widening to be a pair (C, alpha), got {widening!r}")
         if table is not None:
+            step = TableStep(step, table)
             if steps not in (None, len(table)):
                 raise ValueError(f"TreeSampler: expected steps to be the table's {len(table)}, got {steps}")
-            step, steps = TableStep(step, table), len(table)
+            steps = len(table)
         if selection not in SELECTIONS:
             raise ValueError(f"TreeSampler: expected selection to be one of {', '.join(SELECTIONS)}; got {selection!r}")
         counts = {"steps": steps, "width": width, "trees": trees, "descents": descents}
@@ -264,7 +272,7 @@ class TreeSampler:
         if top == -math.inf and f.lam > 0:
             raise ValueError("TreeSampler.sample: expected a sample that is allowed, got rewards of -inf only")
         shares = torch.ones(len(among)) if f.lam == 0 else (f.lam * (roots[among] - top)).exp()
-        chosen = among
+        chosen = among[:1]
         if len(among) > 1 and n:
             chosen = among[torch.multinomial(shares.double(), n, replacement=True, generator=self._draws)]
         uniform = torch.rand(n, f.levels, dtype=torch.float64, generator=self._draws)
