@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # And what of a family has files of its own.
-FAMILIES = ["spiking", "packed", "spectral", "fixedpoint", "integer_matmul", "earlyexit", "diffusion"]
+FAMILIES = ["spiking", "packed", "spectral", "fixedpoint", "integer_matmul", "earlyexit", "diffusion", "tree"]
 ISAS = ["baseline", "avx2", "avx512"]
 
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.

@@ -69,4 +69,12 @@ std::tuple<Tensor, Tensor> solver_step_backward(OptionalTensor grad_x_next, Opti
 Tensor normal_numbers(Tensor seed, int64_t stream, int64_t n);
 Tensor magnitude_quantile(Tensor x, double q);
 
+// diffusion: tree search
+Tensor tree_select(Tensor value, Tensor visits, Tensor taken, Tensor start, Tensor count, Tensor pool, Tensor allowed,
+                   Tensor roots, OptionalTensor uniform, int64_t descents, int64_t levels, int64_t width, double lam,
+                   double c_uct);
+Tensor tree_sample(Tensor value, Tensor start, Tensor count, Tensor pool, Tensor roots, Tensor uniform, double lam);
+void tree_backup(Tensor value, Tensor parent, Tensor depth, Tensor start, Tensor count, Tensor pool, Tensor nodes,
+                 double lam);
+
 }  // namespace fastcifar

@@ -353,7 +353,9 @@ def solver_step_backward_vmap(info, in_dims, *arguments):
     grads, given, (*numbers, wants) = arguments[:3], arguments[3:10], arguments[10:]
     of_rows = given[-1]
     one_program = of_rows is None or of_rows.dim() - (in_dims[9] is not None) == 2
-    x, output, uncond, history, noise, coefficients, grads = _step_vmap(info, in_dims[3:10], *given, grads, in_dims[:3])
+    x, output, uncond, history, noise, coefficients, grads = _step_vmap(
+        info, in_dims[3:10], *given, grads=grads, grad_dims=in_dims[:3]
+    )
     to_tensors, to_rows = torch.ops.fastcifar.solver_step_backward(
         *grads, x, output, uncond, history, noise, None, coefficients, *numbers, wants
     )
@@ -362,3 +364,19 @@ def solver_step_backward_vmap(info, in_dims, *arguments):
         return (to_tensors, to_rows), (1, None)
     to_rows = to_rows.unflatten(0, (info.batch_size, -1))
     return (to_tensors, to_rows.sum(1, keepdim=True) if one_program else to_rows), (1, 0)
+
+
+# ---- diffusion: tree search ------------------------------------------------------------------------------------------
+# A tree has no vmap rule: more of them are more roots.
+
+
+def tree_select_fake(value, visits, taken, start, count, pool, allowed, roots, uniform, descents, *rest):
+    return roots.new_empty((roots.shape[0], descents))
+
+
+def tree_sample_fake(value, start, count, pool, roots, uniform, lam):
+    return roots.new_empty(roots.shape)
+
+
+def tree_backup_fake(value, parent, depth, start, count, pool, nodes, lam):
+    return None

@@ -251,6 +251,37 @@ int64_t exit_decide(const std::string& isa, const std::string& dtype, py::array 
   return exit_kernels(isa_of(isa)).decide[d](p, 0, p.rows);
 }
 
+TreeProblem tree_of(py::array value, py::array start, py::array count, py::array pool, double lam) {
+  TreeProblem p;
+  p.nodes = value.size();
+  p.slots = pool.size();
+  p.value = (const double*)data_of(value, p.nodes, 8, "value");
+  p.start = (const int64_t*)data_of(start, p.nodes, 8, "start");
+  p.count = (const int64_t*)data_of(count, p.nodes, 8, "count");
+  p.pool = (const int64_t*)data_of(pool, p.slots, 8, "pool");
+  p.lam = lam;
+  return p;
+}
+
+void tree_sample(const std::string& isa, py::array value, py::array start, py::array count, py::array pool, double lam,
+                 py::array roots, py::array uniform, py::array leaves) {
+  TreeProblem p = tree_of(value, start, count, pool, lam);
+  if (uniform.ndim() != 2) throw py::value_error("expected uniform [draws, levels]");
+  const int64_t draws = uniform.shape(0);
+  p.levels = uniform.shape(1);
+  const int64_t* root = (const int64_t*)data_of(roots, draws, 8, "roots");
+  const double* numbers = (const double*)data_of(uniform, uniform.size(), 8, "uniform");
+  int64_t* leaf = (int64_t*)data_of(leaves, draws, 8, "leaves");
+  for (int64_t i = 0; i < draws; ++i) leaf[i] = tree_kernels(isa_of(isa)).descend(p, root[i], numbers + i * p.levels);
+}
+
+bool tree_soften(const std::string& isa, py::array value, py::array start, py::array count, py::array pool, double lam,
+                 py::array nodes) {
+  const TreeProblem p = tree_of(value, start, count, pool, lam);
+  const int64_t* given = (const int64_t*)data_of(nodes, nodes.size(), 8, "nodes");
+  return tree_kernels(isa_of(isa)).soften(p, (double*)value.mutable_data(), given, nodes.size());
+}
+
 void convert(const std::string& isa, const std::string& dtype, bool widen, py::array from, py::array to) {
   const int d = index_of(kDTypeNames, dtype, "dtype");
   if (d != kBFloat16 && d != kFloat16) throw py::value_error("convert: expected bfloat16 or float16");
@@ -298,6 +329,10 @@ PYBIND11_MODULE(_host, m) {
   m.def("log", &log, "isa"_a, "dtype"_a, "x"_a, "out"_a, "Of positive normal numbers.");
   m.def("exit_decide", &exit_decide, "isa"_a, "dtype"_a, "logits"_a, "threshold"_a, "criterion"_a, "score"_a,
         "prediction"_a, "exits"_a, "keeps"_a, "Writes scores, predictions and both lists; returns how many are kept.");
+  m.def("tree_sample", &tree_sample, "isa"_a, "value"_a, "start"_a, "count"_a, "pool"_a, "lam"_a, "roots"_a,
+        "uniform"_a, "leaves"_a, "Ends of Boltzmann descents; -1 where the arrays are not a tree.");
+  m.def("tree_soften", &tree_soften, "isa"_a, "value"_a, "start"_a, "count"_a, "pool"_a, "lam"_a, "nodes"_a,
+        "Soft values of these nodes in place, in their order; False where the arrays are not a tree.");
   m.def("convert", &convert, "isa"_a, "dtype"_a, "widen"_a, "from_"_a, "to"_a,
         "Between float32 and bfloat16 or float16 bits (uint16).");
   bind_diffusion(m);
