@@ -321,8 +321,9 @@ def magnitude_quantile_fake(x, q):
     return x.new_empty((x.shape[0],))
 
 
-def _step_vmap(info, in_dims, x, output, uncond, history, noise, seed, coefficients, grads=(), grad_dims=()):
+def _step_vmap(info, in_dims, given, grads=(), grad_dims=()):
     """The tensors of a step with the mapped dimension joined to the samples, programs for each of them."""
+    x, output, uncond, history, noise, seed, coefficients = given
     if seed is not None:
         raise RuntimeError("vmap: noise that is drawn is counted over one tensor; give it as a tensor")
     size, (x_dim, output_dim, uncond_dim, history_dims, noise_dim, _, coefficients_dim) = info.batch_size, in_dims
@@ -334,6 +335,7 @@ def _step_vmap(info, in_dims, x, output, uncond, history, noise, seed, coefficie
         inner = coefficients.dim() - (coefficients_dim is not None)
         rows = _move(coefficients, coefficients_dim, 0, size)
         assert rows is not None
+        assert x is not None
         samples = x.shape[0] // size
         rows = rows[:, None].expand(size, samples, 3, 11) if inner == 2 else rows
         coefficients = rows.reshape(size * samples, 3, 11)
@@ -342,7 +344,7 @@ def _step_vmap(info, in_dims, x, output, uncond, history, noise, seed, coefficie
 
 def solver_step_vmap(info, in_dims, x, output, uncond, history, noise, seed, coefficients, *rest):
     given = (x, output, uncond, history, noise, seed, coefficients)
-    x, output, uncond, history, noise, coefficients, _ = _step_vmap(info, in_dims[:7], *given)
+    x, output, uncond, history, noise, coefficients, _ = _step_vmap(info, in_dims[:7], given)
     results = torch.ops.fastcifar.solver_step(x, output, uncond, history, noise, None, coefficients, *rest)
     made = [r.shape == x.shape for r in results]
     results = tuple(r.unflatten(0, (info.batch_size, -1)) if m else r for r, m in zip(results, made, strict=True))
@@ -353,9 +355,7 @@ def solver_step_backward_vmap(info, in_dims, *arguments):
     grads, given, (*numbers, wants) = arguments[:3], arguments[3:10], arguments[10:]
     of_rows = given[-1]
     one_program = of_rows is None or of_rows.dim() - (in_dims[9] is not None) == 2
-    x, output, uncond, history, noise, coefficients, grads = _step_vmap(
-        info, in_dims[3:10], *given, grads=grads, grad_dims=in_dims[:3]
-    )
+    x, output, uncond, history, noise, coefficients, grads = _step_vmap(info, in_dims[3:10], given, grads, in_dims[:3])
     to_tensors, to_rows = torch.ops.fastcifar.solver_step_backward(
         *grads, x, output, uncond, history, noise, None, coefficients, *numbers, wants
     )
