@@ -14,7 +14,7 @@ from .table import Points, SolverTable
 Name = str | tuple[str, int]
 Row = dict[Name, float]
 
-__all__ = ["Draft", "Level", "Row", "combined", "compiled", "conversion", "levels", "scales"]
+__all__ = ["Draft", "Level", "Row", "combined", "compiled", "conversion", "levels", "scales", "start_scale"]
 
 
 class Level(NamedTuple):
@@ -141,6 +141,11 @@ def scales(found: Sequence[Level], scaled: bool) -> list[float]:
     return [1 / math.hypot(*level) if scaled else 1.0 for level in found]
 
 
+def start_scale(level: Level) -> float:
+    """What normal noise is multiplied by to start at a level: sigma where the variance explodes (alpha 1), else 1."""
+    return level.sigma if level.alpha == 1 else 1.0
+
+
 def compiled(
     drafts: Sequence[Draft], *, limit: float | None = None, init_scale: float = 1.0, name: str = "solver"
 ) -> SolverTable:
@@ -169,7 +174,7 @@ def compiled(
                 free = set(range(1, HISTORY + 1)) - set(slots.values())
                 if not free:
                     raise ValueError(
-                        f"{name}: expected to keep at most {HISTORY} tensors, got a step {i} with one more; lower the order"
+                        f"{name}: expected to keep at most {HISTORY} tensors, got one more in step {i}; lower the order"
                     )
                 slots[what, i] = min(free)
                 store[i, which] = slots[what, i]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .draft import Draft, Level, Row, combined, compiled, conversion, levels, scales
+from .draft import Draft, Level, Row, combined, compiled, conversion, levels, scales, start_scale
 from .expansion import KINDS, RELAXATIONS, update
 from .table import Points, SolverTable
 
@@ -25,8 +25,8 @@ def _as_active(value: Any) -> Active | None:
 class Corrector:
     """The step taken again with the prediction made at its end ("pseudo": the model is not called again there).
 
-    Points count back from the step's end, which is -1. Attributes are as :class:`Decision`'s; ``order`` None is one more
-    than the step's, ``active`` None the step's points and the new one.
+    Points count back from the step's end, which is -1. Attributes are as :class:`Decision`'s; ``order`` None is one
+    more than the step's, ``active`` None the step's points and the new one.
     """
 
     order: int | None = None
@@ -59,8 +59,8 @@ class Decision:
         corrector: a :class:`Corrector`, or None. It takes effect where the model is called at the step's end, so never
             at the last one's.
 
-    Source: Liu et al., "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (ICLR 2024).
-    Its third type, DPM-Solver-v3's, is a statistic of each element of a data set and so has no row of numbers.
+    Source: Liu et al., "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (ICLR
+    2024). Its third type, DPM-Solver-v3's, weighs each element by statistics of a data set, so it is no row of numbers.
     """
 
     order: int = 1
@@ -143,7 +143,7 @@ def _formula(step: Decision | Corrector, of: Decision, i: int, where: str) -> _F
         if again:
             near = _near(of.start, of.order, i, where) if of.active is None else ()
             before = tuple(near for _ in range(of.order - 1)) if of.active is None else of.active
-            shifted = [tuple(j - 1 for j in points) + (-1,) for points in before]
+            shifted = [(*(j - 1 for j in points), -1) for points in before]
             active = tuple((shifted + [shifted[-1] if shifted else (-1,)] * order)[: order - 1])
         else:
             active = (_near(start, order, i, where),) * (order - 1)
@@ -234,7 +234,6 @@ def usf(
     first_free: bool = False,
     limit: float | None = None,
     scaled: bool = False,
-    init_scale: float | None = None,
     name: str = "usf",
 ) -> SolverTable:
     r"""The table of S decisions on S + 1 points: any solver that expands what the model predicts at points it has seen.
@@ -250,13 +249,11 @@ def usf(
             "zero_x0"; its "average_x0" needs the mean of a data set). Default False.
         limit: the predicted data are clamped to -limit...limit; only where all steps expand data. Default None.
         scaled: the model sees ``x / sqrt(alpha^2 + sigma^2)``. Default False.
-        init_scale: what normal noise is multiplied by to start from. Default ``sqrt(alpha^2 + sigma^2)`` of the first
-            point where samples are scaled or the variance explodes (alpha 1), else 1.
         name: of the table.
 
     Raises:
-        TypeError, ValueError: a decision cannot be taken where it stands (an order above the history, a point that is not
-            there, a limit on noise...), or needs more than the six slots.
+        TypeError, ValueError: a decision cannot be taken where it stands (an order above the history, a point that is
+            not there, a limit on noise...), or needs more than the six slots.
 
     Source: Liu et al. (ICLR 2024), equations 8 to 10 and the official code's decisions.
 
@@ -309,7 +306,4 @@ def usf(
         timestep = float(points.timesteps[i])
         drafts.append(Draft(convert, predict, correct, timestep, size[i]))
         forms |= _later_forms(i, kept, found[i], free, i in again)
-    if init_scale is None:
-        n = (found[0].alpha ** 2 + found[0].sigma ** 2) ** 0.5
-        init_scale = n if scaled or found[0].alpha == 1 else 1.0
-    return compiled(drafts, limit=limit, init_scale=init_scale, name=name)
+    return compiled(drafts, limit=limit, init_scale=start_scale(found[0]), name=name)
