@@ -6,22 +6,22 @@ From a point s to a point t every solver of this family is
 
 where F is the prediction that it expands, ``F^(k)`` its k-th derivative at s, estimated from other points, and ``M_k``
 the exact integral of the k-th Taylor term. With ``h = lambda_t - lambda_s``, ``rho = sigma / alpha``, ``u = sigma /
-(alpha + sigma)``:
+(alpha + sigma)``, and s in the last column sigma_t:
 
-=========  ========  ======  =============================  ====================================  ======================
+=========  ========  ======  =============================  ====================================  ====================
 kind       F         in      carry                          M_k                                   noise
-=========  ========  ======  =============================  ====================================  ======================
+=========  ========  ======  =============================  ====================================  ====================
 noise      eps       lambda  ``alpha_t / alpha_s``          ``-sigma_t h^(k+1) phi_(k+1)(h)``     0
 data       x0        lambda  ``sigma_t / sigma_s``          ``alpha_t h^(k+1) phi_(k+1)(-h)``     0
 flow       eps - x0  u       ratio of ``alpha + sigma``     ``(alpha + sigma)_t du^(k+1)/(k+1)!`` 0
 rho        eps       rho     ``alpha_t / alpha_s``          ``alpha_t drho^(k+1) / (k+1)!``       0
-sde_noise  eps       lambda  ``alpha_t / alpha_s``          twice that of noise                   ``s_t sqrt(e^2h - 1)``
-sde_data   x0        lambda  ``sigma_t / sigma_s e^-h``     ``2 alpha_t h^(k+1) phi_(k+1)(-2h)``  ``s_t sqrt(1 - e^-2h)``
-=========  ========  ======  =============================  ====================================  ======================
+sde_noise  eps       lambda  ``alpha_t / alpha_s``          twice that of noise                   ``s sqrt(e^2h - 1)``
+sde_data   x0        lambda  ``sigma_t / sigma_s e^-h``     ``2 alpha_t h^(k+1) phi_(k+1)(-2h)``  ``s sqrt(1 - e^-2h)``
+=========  ========  ======  =============================  ====================================  ====================
 
 Sources: "noise" and "data" are equations 5 and 6 of DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095) as USF (Liu et al.,
-ICLR 2024) generalises them; the "sde" kinds are of DPM-Solver++ too; "rho" is the ODE of EDM (Karras et al. 2022) and of
-LMS; "flow" is that of rectified flow, whose alpha + sigma is 1.
+ICLR 2024) generalises them; the "sde" kinds are of DPM-Solver++ too; "rho" is the ODE of EDM (Karras et al. 2022) and
+of LMS; "flow" is that of rectified flow, whose alpha + sigma is 1.
 """
 
 from __future__ import annotations

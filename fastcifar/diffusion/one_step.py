@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 from .draft import Draft, Level, Row, combined, compiled, conversion, levels, scales, start_scale
 from .expansion import update
@@ -11,6 +12,7 @@ from .table import Points, SolverTable
 
 VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 LEAST_VARIANCE = 1e-20
+Terms = list[tuple[float, Row]]
 
 __all__ = ["ddim", "ddpm", "euler", "euler_ancestral", "heun"]
 
@@ -55,7 +57,7 @@ def ddpm(
     found = levels(points, "ddpm")
     size = scales(found, scaled)
     drafts = []
-    for i, (s, t) in enumerate(zip(found[:-1], found[1:], strict=True)):
+    for i, (s, t) in enumerate(pairwise(found)):
         lost, last = _lost(s, t), t.sigma == 0
         if variance.startswith("fixed_small"):
             deviation = math.sqrt(max(t.sigma**2 * lost, LEAST_VARIANCE))
@@ -83,8 +85,8 @@ def ddim(
     r"""DDIM: ``x_t = alpha_t x0 + sqrt(sigma_t^2 - v) eps + sqrt(v) z``, ``v = eta^2 sigma_t^2 (1 - e^-2h)``.
 
     Args:
-        points: S + 1 points. Each step goes to the next of them (diffusers' goes to ``t - N // S``, which is the next of
-            "leading" times only).
+        points: S + 1 points. Each step goes to the next of them (diffusers' goes to ``t - N // S``, which is the next
+            of "leading" times only).
         eta: 0 (the default) for the ODE, 1 for DDPM's variance.
         clipped_noise: where there is a limit, eps is what the clipped x0 leaves ("use_clipped_model_output"), else what
             the model predicted. Default False.
@@ -100,7 +102,7 @@ def ddim(
     found = levels(points, "ddim")
     size = scales(found, scaled)
     drafts = []
-    for i, (s, t) in enumerate(zip(found[:-1], found[1:], strict=True)):
+    for i, (s, t) in enumerate(pairwise(found)):
         where = f"ddim, step {i}"
         share = eta * eta * _lost(s, t)
         if share > 1:
@@ -110,7 +112,7 @@ def ddim(
             noise: Row = {"x": 1 / s.sigma, "converted": -s.alpha / s.sigma}
         else:
             noise = conversion(prediction, s, "noise", where) if t.sigma > 0 else {}
-        terms = [(t.alpha, {"converted": 1.0}), (t.sigma * math.sqrt(1 - share), noise)]
+        terms: Terms = [(t.alpha, {"converted": 1.0}), (t.sigma * math.sqrt(1 - share), noise)]
         predict = combined([*terms, (t.sigma * math.sqrt(share), {"noise": 1.0})])
         drafts.append(Draft(data, predict, {}, float(points.timesteps[i]), size[i]))
     return compiled(drafts, limit=limit, init_scale=start_scale(found[0]), name=f"ddim {eta:g}" if eta else "ddim")
@@ -145,14 +147,18 @@ def euler_ancestral(
     found = levels(points, "euler_ancestral")
     size = scales(found, scaled)
     drafts = []
-    for i, (s, t) in enumerate(zip(found[:-1], found[1:], strict=True)):
+    for i, (s, t) in enumerate(pairwise(found)):
         if s.alpha == 0:
             raise ValueError(f"euler_ancestral, step {i}: expected some image in the sample, got alpha 0")
         rho, target = s.sigma / s.alpha, t.sigma / t.alpha
         up = min(target, eta * target * math.sqrt(_lost(s, t)))
         down = math.sqrt(target * target - up * up)
         convert, noise = _noise_row(s, prediction, limit, f"euler_ancestral, step {i}")
-        terms = [(t.alpha / s.alpha, {"x": 1.0}), (t.alpha * (down - rho), noise), (t.alpha * up, {"noise": 1.0})]
+        terms: Terms = [
+            (t.alpha / s.alpha, {"x": 1.0}),
+            (t.alpha * (down - rho), noise),
+            (t.alpha * up, {"noise": 1.0}),
+        ]
         drafts.append(Draft(convert, combined(terms), {}, float(points.timesteps[i]), size[i]))
     return compiled(drafts, limit=limit, init_scale=start_scale(found[0]), name="euler ancestral")
 
@@ -187,14 +193,16 @@ def heun(
 ) -> SolverTable:
     r"""Heun's method in ``rho = sigma / alpha``, EDM's sampler: two calls a step, one in a last step to sigma 0.
 
-    ``x' = a x_s + alpha_t d eps_s``, then ``x_t = a x_s + alpha_t d (eps_s + eps_t) / 2`` with ``a = alpha_t / alpha_s``
-    and ``d = rho_t - rho_s``. Where there is churn, noise first raises sigma to ``sigma (1 + gamma)``, ``gamma = min(churn
-    / S, sqrt(2) - 1)`` for sigma of ``churn_min`` to ``churn_max``; it is added in the same pass as the step before.
+    ``x' = a x_s + alpha_t d eps_s``, then ``x_t = a x_s + alpha_t d (eps_s + eps_t) / 2`` with ``a = alpha_t /
+    alpha_s`` and ``d = rho_t - rho_s``. Where there is churn, noise first raises sigma to ``sigma (1 + gamma)``,
+    ``gamma = min(churn / S, sqrt(2) - 1)`` for sigma of ``churn_min`` to ``churn_max``; it is added in the same pass as
+    the step before.
 
     Args:
-        points: S + 1 points: the table has 2 S steps, one less where the last sigma is 0, one more where churn comes first.
-        churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_min, S_max and S_noise: 0, 0, infinity, 1. Needs points
-            whose alpha is 1.
+        points: S + 1 points: the table has 2 S steps, one less where the last sigma is 0, one more where churn comes
+            first.
+        churn, churn_min, churn_max, churn_noise: EDM's S_churn, S_min, S_max and S_noise: 0, 0, infinity, 1. Needs
+            points whose alpha is 1.
         time: the timestep of a sigma, which churn needs. Default: sigma is its own timestep (EDM).
         prediction, limit, scaled: see :func:`fastcifar.diffusion.usf.usf`.
 

@@ -1,6 +1,9 @@
-"""PNDM and iPNDM: Adams and Bashforth's and Runge and Kutta's weights as if points were evenly spaced, and DDIM's way."""
+"""PNDM and iPNDM: Adams and Bashforth's and Runge and Kutta's weights as if points were evenly spaced, and DDIM's
+way."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from .draft import Draft, Level, Name, Row, compiled, conversion, levels, scales, start_scale
 from .expansion import update
@@ -21,8 +24,8 @@ def _transfer(s: Level, t: Level, base: Name, noise: dict[Name, float], where: s
 
 
 def ipndm(points: Points, order: int = 4, *, prediction: str = "epsilon", scaled: bool = False) -> SolverTable:
-    """DDIM's step with ``sum_i w_i eps_i`` for eps, w of Adams and Bashforth: 1; (3, -1) / 2; (23, -16, 5) / 12; (55, -59,
-    37, -9) / 24, of as many points as there are.
+    """DDIM's step with ``sum_i w_i eps_i`` for eps, w of Adams and Bashforth: 1; (3, -1) / 2; (23, -16, 5) / 12; (55,
+    -59, 37, -9) / 24, of as many points as there are.
 
     Args:
         points: S + 1 points.
@@ -36,7 +39,7 @@ def ipndm(points: Points, order: int = 4, *, prediction: str = "epsilon", scaled
     found = levels(points, "ipndm")
     size = scales(found, scaled)
     drafts = []
-    for i, (s, t) in enumerate(zip(found[:-1], found[1:], strict=True)):
+    for i, (s, t) in enumerate(pairwise(found)):
         where = f"ipndm, step {i}"
         weights = ADAMS_BASHFORTH[min(order, i + 1) - 1]
         noise: dict[Name, float] = {"converted": weights[0]}
@@ -51,9 +54,9 @@ def pndm(
 ) -> SolverTable:
     """PNDM: as :func:`ipndm` of order 4 but for its start.
 
-    Without ``middle`` ("skip_prk_steps", PLMS) the first step is taken twice, the second time with the mean of the noise
-    at both its ends, so that the table has S + 1 steps. With the three points in the middle of the first three intervals
-    these are steps of Runge and Kutta's fourth order: four calls each, S + 9 steps.
+    Without ``middle`` ("skip_prk_steps", PLMS) the first step is taken twice, the second time with the mean of the
+    noise at both its ends, so that the table has S + 1 steps. With the three points in the middle of the first three
+    intervals these are steps of Runge and Kutta's fourth order: four calls each, S + 9 steps.
 
     Args:
         points: S + 1 points, S of 2 or more (4 with ``middle``).

@@ -71,13 +71,13 @@ def sample(
         noise: for solvers that add some: ``noise(step, x)``, called after the model, or a tensor for each step.
         generator: of torch, for noise as torch draws it.
         seed: of noise drawn in the kernel. Default: where no other noise is given, one of torch's generator.
-        thresholding: of the predicted data at each step (not a linear step: it takes a second pass over the output), for
-            solvers that expand data and have no ``limit``.
+        thresholding: of the predicted data at each step (not a linear step: it takes a second pass over the output),
+            for solvers that expand data and have no ``limit``.
         coefficients: ``[S, 3, 11]`` in place of the table's; gradients flow to it.
         preload: tensors of the table's preloaded slots.
         start_scale: in place of ``init_scale``: 1 for an ``x`` that is a sample already.
-        grad: whether the graph is kept, so that a gradient flows to x, coefficients and the model. Default: whether grad
-            is enabled and x or coefficients require one.
+        grad: whether the graph is kept, so that a gradient flows to x, coefficients and the model. Default: whether
+            grad is enabled and x or coefficients require one.
         callback: ``callback(step, x)`` after each step.
         return_trajectory: whether to return ``(x, [x before each step..., x])``. Default False.
         progress: whether to draw a bar (needs tqdm). Default False.
@@ -100,11 +100,10 @@ def sample(
     table, found, prediction = _table(solver, steps, schedule, points, spacing, final, prediction, options)
     if sum(source is not None for source in (noise, generator, seed)) > 1:
         raise ValueError("sample: expected one of noise, generator and seed, got more")
-    if coefficients is not None:
-        if coefficients.shape != table.coefficients.shape:
-            raise ValueError(
-                f"sample: expected coefficients {list(table.coefficients.shape)}, got {list(coefficients.shape)}"
-            )
+    if coefficients is not None and coefficients.shape != table.coefficients.shape:
+        raise ValueError(
+            f"sample: expected coefficients {list(table.coefficients.shape)}, got {list(coefficients.shape)}"
+        )
     wanted = x.requires_grad or (coefficients is not None and coefficients.requires_grad)
     if grad is None:
         grad = torch.is_grad_enabled() and wanted

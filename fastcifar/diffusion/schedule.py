@@ -15,7 +15,7 @@ SPACINGS = ("linspace", "leading", "trailing", "quadratic", "lambda", "karras")
 __all__ = ["CosineVP", "DiscreteVP", "EDMSchedule", "FlowSchedule", "LinearVP", "Schedule", "exploding"]
 
 
-def _time(t: Tensor | float) -> Tensor:
+def _time(t: Tensor | float | Sequence[float]) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
 
 
@@ -87,11 +87,11 @@ class Schedule:
                 Default "min" for continuous variance preserving schedules, which cannot be called at 0; else "zero".
             rho: of "karras". Default 7.
             offset: of "leading": 1 for Stable Diffusion. Default 0.
-            dropped: of "linspace" and "leading": as many more times are laid out, and dropped at the end again; 1 is what
-                the DPM-Solver, UniPC and DEIS schedulers of diffusers do, 0 what DDIM, DDPM, PNDM and Euler do.
+            dropped: of "linspace" and "leading": as many more times are laid out, and dropped at the end again; 1 is
+                what the DPM-Solver, UniPC and DEIS schedulers of diffusers do, 0 what DDIM, DDPM, PNDM and Euler do.
                 Default 0.
-            rounded: whether timesteps are whole numbers; sigmas of "lambda" and "karras" then stay as they were laid out,
-                those of the others go by the rounded times. Default True for discrete schedules.
+            rounded: whether timesteps are whole numbers; sigmas of "lambda" and "karras" then stay as they were laid
+                out, those of the others go by the rounded times. Default True for discrete schedules.
             times: the times themselves, decreasing: S of them, or S + 1 where ``final`` is "min". ``steps`` must agree.
 
         Raises:
@@ -156,8 +156,8 @@ def _between(ends: Tensor, count: int, rho: float | None) -> Tensor:
 
 
 class DiscreteVP(Schedule):
-    """``alpha_t = sqrt(prod_(i <= t) (1 - beta_i))``, ``sigma_t = sqrt(1 - alpha_t^2)``, times 0 to N - 1; between whole
-    times lambda is linear, and beyond the ends a time is that of the end.
+    """``alpha_t = sqrt(prod_(i <= t) (1 - beta_i))``, ``sigma_t = sqrt(1 - alpha_t^2)``, times 0 to N - 1; between
+    whole times lambda is linear, and beyond the ends a time is that of the end.
 
     Args:
         betas: ``[N]``, of 0 to 1, N of 2 or more; computed with in float64.
@@ -203,8 +203,8 @@ class DiscreteVP(Schedule):
 
     @classmethod
     def cosine(cls, count: int = 1000, limit: float = 0.999) -> DiscreteVP:
-        """``beta_t = min(1 - f((t + 1) / N) / f(t / N), limit)``, ``f(u) = cos^2((u + 0.008) / 1.008 pi / 2)``: "squaredcos
-        _cap_v2". Source: Nichol and Dhariwal, "Improved DDPM" (ICML 2021), equation 17."""
+        """``beta_t = min(1 - f((t + 1) / N) / f(t / N), limit)``, ``f(u) = cos^2((u + 0.008) / 1.008 pi / 2)``;
+        "squaredcos_cap_v2". Source: Nichol and Dhariwal, "Improved DDPM" (ICML 2021), equation 17."""
         u = torch.arange(count + 1, dtype=torch.float64) / count
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return cls((1 - f[1:] / f[:-1]).clamp_max(limit))
@@ -260,7 +260,8 @@ class DiscreteVP(Schedule):
 
 
 class LinearVP(Schedule):
-    """``ln alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2``, ``sigma = sqrt(1 - alpha^2)``; t of ``last`` to 1.
+    """``ln alpha = -t^2 (beta_max - beta_min) / 4 - t beta_min / 2``, ``sigma = sqrt(1 - alpha^2)``; t of ``last`` to
+    1.
 
     Args:
         beta_min, beta_max: 0.1 and 20.
@@ -294,8 +295,8 @@ class LinearVP(Schedule):
 
 
 class CosineVP(Schedule):
-    """``alpha = cos((t + s) / (1 + s) pi / 2) / cos(s / (1 + s) pi / 2)``, ``sigma = sqrt(1 - alpha^2)``; t of ``last`` to
-    0.9946, where its betas reach 999 / 1000.
+    """``alpha = cos((t + s) / (1 + s) pi / 2) / cos(s / (1 + s) pi / 2)``, ``sigma = sqrt(1 - alpha^2)``; t of ``last``
+    to 0.9946, where its betas reach 999 / 1000.
 
     Args:
         s: 0.008.
@@ -388,6 +389,6 @@ class FlowSchedule(Schedule):
 
 
 def exploding(points: Points) -> Points:
-    """The same points for ``x / alpha``: alpha 1 and sigma ``sigma / alpha``, as Euler, Heun and LMS are usually run on a
-    model of a variance preserving schedule (which then sees ``x / sqrt(1 + sigma^2)``: ``scaled`` of a builder)."""
+    """The same points for ``x / alpha``: alpha 1 and sigma ``sigma / alpha``, as Euler, Heun and LMS are usually run on
+    a model of a variance preserving schedule (which then sees ``x / sqrt(1 + sigma^2)``: ``scaled`` of a builder)."""
     return Points(points.timesteps, torch.ones_like(points.alpha), points.sigma / points.alpha)

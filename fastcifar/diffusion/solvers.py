@@ -131,9 +131,9 @@ def dpm_solver_singlestep(
 ) -> SolverTable:
     """DPM-Solver and ++, singlestep: blocks of ``order`` steps, all of which start from the first point of the block.
 
-    Arguments are as those of :func:`dpm_solver`; order 1 to 3, "dpmsolver" or "dpmsolver++"; "midpoint" takes at order 3
-    the slope to the last point alone. ``lower_order_final`` (default True) ends with a step of order 1 where steps divide
-    by the order. The last step is of order 1 where data are expanded to sigma 0.
+    Arguments are as those of :func:`dpm_solver`; order 1 to 3, "dpmsolver" or "dpmsolver++"; "midpoint" takes at order
+    3 the slope to the last point alone. ``lower_order_final`` (default True) ends with a step of order 1 where steps
+    divide by the order. The last step is of order 1 where data are expanded to sigma 0.
 
     Source: Lu et al. 2022, arXiv 2206.00927, algorithms 1 and 2, and 2211.01095, appendix B.
     """
@@ -174,8 +174,8 @@ def unipc(
     Args:
         points: S + 1 points.
         order: of the predictor, 1 to 5 (the corrector's is one more). Default 2.
-        variant: "bh1" (``B = h``) or "bh2" (``B = e^h - 1``, the default). B cancels but in the predictor of order 2 and
-            the corrector of a step of order 1.
+        variant: "bh1" (``B = h``) or "bh2" (``B = e^h - 1``, the default). B cancels but in the predictor of order 2
+            and the corrector of a step of order 1.
         expands: "data" (the default, predict_x0) or "noise".
         corrector: whether there is one. Default True.
         disable_corrector: steps that are not corrected.
