@@ -114,12 +114,14 @@ def _integrals(kind: str, s: Level, t: Level, count: int, where: str) -> tuple[f
         return t.alpha / s.alpha, integrals, h, noise
     rate = 2.0 if kind == "sde_data" else 1.0
     if math.isinf(h):
-        if count > 1:
+        if count > 1 and s.alpha > 0:
             raise ValueError(
-                f"{where}: expected some noise and some image at both ends of a step of order {count}, got alpha "
-                f"{min(s.alpha, t.alpha)} and sigma {min(s.sigma, t.sigma)}; take order 1 (lower_order_final)"
+                f"{where}: expected some noise after a step of order {count} that expands data, got sigma 0; take order "
+                "1 (lower_order_final)"
             )
-        return t.sigma / s.sigma if rate == 1 else 0.0, [t.alpha], -h, t.sigma if rate == 2 else 0.0
+        # From pure noise all other points are infinitely far away, and lend no slope.
+        integrals = [t.alpha, *[0.0] * (count - 1)]
+        return t.sigma / s.sigma if rate == 1 else 0.0, integrals, -h, t.sigma if rate == 2 else 0.0
     carry = t.sigma / s.sigma * (math.exp(-h) if rate == 2 else 1.0)
     integrals = [t.alpha * rate * h ** (k + 1) * phi(k + 1, -rate * h) for k in range(count)]
     return carry, integrals, -rate * h, t.sigma * math.sqrt(-math.expm1(-2 * h)) if rate == 2 else 0.0
