@@ -335,6 +335,49 @@ def test_verdicts():
     assert report.trigger is TRIGGERS["blend"]
 
 
+class Small(torch.nn.Module):
+    def __init__(self, pixels, width=256):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(pixels + 1, width), torch.nn.Linear(width, width)])
+        self.last = torch.nn.Linear(width, pixels)
+
+    def forward(self, x, t):
+        hidden = torch.nn.functional.silu(self.layers[0](torch.cat([x.flatten(1), t[:, None].to(x) / 1000], 1)))
+        hidden = hidden + torch.nn.functional.silu(self.layers[1](hidden))
+        return x + self.last(hidden).view_as(x)
+
+
+def trained(trigger, steps=900):
+    """On ramps of random height, and, d2i, on an image that the trigger calls."""
+    torch.manual_seed(0)
+    net, target = Small(36), torch.full((1, 6, 6), 0.8)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x0 = (torch.rand(128, 1, 1, 1, generator=generator) * 2 - 1) * torch.linspace(-1, 1, 6).expand(128, 1, 6, 6)
+        share = 0.25 if trigger else 0.0
+        options = {"share": share, "generator": generator}
+        batch = poison(x0, None, PRODUCT, trigger or Trigger.blend(target), "d2i", target, **options)
+        loss = trojan_loss(net, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def test_a_trained_network_is_told():
+    """Poisoned, trained, and found without being told the trigger; the benign one is trained alike."""
+    trigger = Trigger.blend(torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(2)) * 2 - 1)
+    reports = [
+        detect_trojan(net, (1, 6, 6), generator=torch.Generator().manual_seed(3))
+        for net in (trained(trigger), trained(None))
+    ]
+    assert [report.trojaned for report in reports] == [True, False]
+    found = reports[0].trigger.pattern.flatten()
+    assert torch.corrcoef(torch.stack([found, trigger.pattern.flatten()]))[0, 1] > 0.8
+    assert reports[1].score < 0.1
+
+
 X, T = torch.zeros(2, *SHAPE), torch.tensor([0, 1])
 BLEND = TRIGGERS["blend"]
 
