@@ -2,6 +2,7 @@
 
 from .deediff import DeeDiffLoss, UncertaintyHead, layer_loss, uncertainty_loss, uncertainty_target
 from .diffusevae import diffusevae_loss, diffusevae_noise, diffusevae_sample, diffusevae_table, guidance_of_weight
+from .functional import SolverRun, Step, dynamic_threshold, normal_numbers, solver_step
 from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
 from .shifted import shifted_table
 from .table import Points, SolverTable
@@ -17,7 +18,9 @@ __all__ = [
     "ImageVAE",
     "Points",
     "Poisoned",
+    "SolverRun",
     "SolverTable",
+    "Step",
     "Trigger",
     "TrojanReport",
     "UViT",
@@ -29,14 +32,17 @@ __all__ = [
     "diffusevae_noise",
     "diffusevae_sample",
     "diffusevae_table",
+    "dynamic_threshold",
     "guidance_of_weight",
     "invert_trigger",
     "layer_loss",
     "lowdiff_loss",
     "lowdiff_pair",
     "lowdiff_sample",
+    "normal_numbers",
     "poison",
     "shifted_table",
+    "solver_step",
     "trigger_score",
     "trojan_loss",
     "trojan_noise",
