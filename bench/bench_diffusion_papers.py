@@ -21,9 +21,11 @@ from fastcifar.diffusion import (
     Trigger,
     ddim,
     ddpm,
+    diffusevae_sample,
     diffusevae_table,
     lowdiff_sample,
     solver_step,
+    trojan_sample,
     trojan_table,
 )
 
@@ -220,6 +222,17 @@ def plain_cascade(model: nn.Module, tables: Sequence[SolverTable], starts: Seque
     return x
 
 
+def race(paired: Paired, op: str, title: str, plain: Callable[[], Tensor], ours: Callable[[], Tensor]) -> None:
+    """Of whole samplings, which must give the same images."""
+    expected, got = plain(), ours()
+    if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()):
+        pytest.fail(f"fastcifar: the images differ by {(got - expected).abs().max():.2e}")
+    paired.describe("diffusion", op=op, workload=title, mode="call")
+    paired.record("eager", role="reference", target=None, note="")
+    paired.record("fastcifar", role="ours", target=None, note="in place")
+    paired.time({"eager": plain, "fastcifar": ours})
+
+
 @pytest.mark.parametrize("model", [Nearly, Convolutions], ids=["no model", "two convolutions"])
 @torch.no_grad()
 def test_cascade(paired: Paired, model: type[nn.Module]) -> None:
@@ -227,16 +240,61 @@ def test_cascade(paired: Paired, model: type[nn.Module]) -> None:
     tables = [ddim(DiscreteVP.linear().points(count)) for count in COUNTS]
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(BATCH, 3, *size, generator=generator).to(DEVICE) for size in SIZES]
-    calls = {
-        "cat and interpolate": lambda: plain_cascade(net, tables, starts),
-        "fastcifar": lambda: lowdiff_sample(net, BATCH, tables, SIZES, mode="nearest", start=starts, device=DEVICE)[-1],
-    }
-    expected, got = (call() for call in calls.values())
-    if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()):
-        pytest.fail(f"fastcifar: the images differ by {(got - expected).abs().max():.2e}")
     what = "no model" if model is Nearly else "two convolutions"
-    title = f"{BATCH} images, 8 steps of 8 x 8, 5 of 16 x 16, 3 of 32 x 32, {what}"
-    paired.describe("diffusion", op="lowdiff", workload=title, mode="call")
-    paired.record("cat and interpolate", role="reference", target=None, note="")
-    paired.record("fastcifar", role="ours", target=None, note="")
-    paired.time(calls)
+    race(
+        paired,
+        "lowdiff",
+        f"{BATCH} images, 8 steps of 8 x 8, 5 of 16 x 16, 3 of 32 x 32, {what}",
+        lambda: plain_cascade(net, tables, starts),
+        lambda: lowdiff_sample(net, BATCH, tables, SIZES, mode="nearest", start=starts, device=DEVICE)[-1],
+    )
+
+
+# ---- whole samplings with a patch and with a reconstruction, 20 steps of DDPM ----------------------------------------
+
+
+def plain_trojan(model: nn.Module, start: Tensor, noise: Tensor) -> Tensor:
+    """The official loop, with the right coefficient of mu."""
+    x, at, gamma, ab = PATCH.start(start), PATCH.at, PATCH.gamma, (POINTS.alpha**2).tolist()
+    for i, t in enumerate(POINTS.timesteps[:-1].tolist()):
+        now, then = ab[i], ab[i + 1]
+        beta, e = 1 - now / then, model(x, x.new_full((len(x),), t), 2)
+        k = (1 - now) ** 0.5 - (1 - beta) ** 0.5 * (1 - then) ** 0.5
+        coef = (1 - then) ** 0.5 * beta - (1 - then) * (1 - beta) ** 0.5 * k
+        inner = (1 / now) ** 0.5 * x - (1 / now - 1) ** 0.5 * e * gamma - (1 / now - 1) ** 0.5 * PATCH_MU
+        x0 = (1 / now) ** 0.5 * x - (1 / now - 1) ** 0.5 * e
+        x0[at] = inner[at]
+        mean = then**0.5 * beta * x0.clamp(-1, 1) + (1 - beta) ** 0.5 * (1 - then) * x
+        deviation = ((1 - then) / (1 - now) * beta) ** 0.5
+        inner = (mean + coef * PATCH_MU) / (1 - now) + gamma * deviation * noise[i]
+        x = mean / (1 - now) + deviation * noise[i]
+        x[at] = inner[at]
+    return x
+
+
+def plain_diffusevae(model: nn.Module, xhat: Tensor, start: Tensor, noise: Tensor) -> Tensor:
+    x, ab = start + xhat, (POINTS.alpha**2).tolist()
+    for i, t in enumerate(POINTS.timesteps[:-1].tolist()):
+        now, then = ab[i], ab[i + 1]
+        beta, e = 1 - now / then, model(torch.cat([x, xhat], 1), x.new_full((len(x),), t), 2)
+        x0 = ((x - xhat) * (1 / now) ** 0.5 - (1 / now - 1) ** 0.5 * e).clamp(-1, 1)
+        c1, c2 = beta * then**0.5 / (1 - now), (1 - beta) ** 0.5 * (1 - then) / (1 - now)
+        x = c1 * x0 + c2 * x + (1 - c2) * xhat
+        if then < 1:
+            x = x + beta**0.5 * noise[i]
+    return x - xhat
+
+
+@pytest.mark.parametrize("paper", ["DiffuseVAE, formulation 2", "TrojDiff, patch"])
+@torch.no_grad()
+def test_sampling(paired: Paired, paper: str) -> None:
+    generator, net = torch.Generator().manual_seed(0), Nearly()
+    start, *noise = (torch.randn(BATCH, 3, 32, 32, generator=generator).to(DEVICE) for _ in range(21))
+    given, xhat = {"start": start, "noise": noise}, blurred().to(DEVICE)
+    if paper == "TrojDiff, patch":
+        ours = partial(trojan_sample, lambda x, t: net(x, t, 2), PATCH, POINTS, BATCH, "ddpm", **given)
+        plain = partial(plain_trojan, net, start, noise)
+    else:
+        ours = partial(diffusevae_sample, lambda x, t: net(x, t, 2), xhat, SECOND, **given)
+        plain = partial(plain_diffusevae, net, xhat, start, noise)
+    race(paired, "sampling", f"{paper}, [{BATCH},3,32,32], 20 steps of DDPM, no model", plain, ours)

@@ -15,7 +15,9 @@ from fastcifar.diffusion import (
     diffusevae_sample,
     diffusevae_table,
     guidance_of_weight,
+    sample,
     shifted_table,
+    solver_table,
 )
 from fastcifar.diffusion._conditioned import run
 
@@ -213,6 +215,40 @@ def test_shifted_table_follows_any_solver():
     halves = iter(outputs / 2)
     expected = run(table, y.clone(), lambda x, t, s: next(halves), noise=noise / 2) + shift[-1] * c
     torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", ["dpm_solver", "unipc", "pndm", "heun"])
+def test_published_solvers_shifted(solver):
+    """Through `sample`, which takes what is preloaded: y by the solver, and x = y + c by the shifted one."""
+    table, c, y = solver_table(solver, points()), randn(2, 3, 4, 4, seed=7), randn(2, 3, 4, 4)
+    shift = torch.ones(len(table) + 1, dtype=torch.float64)
+    shift[-1] = 0
+    moved = shifted_table(table, shift)
+
+    def model(y, t):
+        return y.tanh() + t.view(-1, 1, 1, 1) / 1000
+
+    got = sample(lambda x, t: model(x - c, t), y + c, moved, preload={moved.preloaded[0]: c}, start_scale=1.0)
+    expected = sample(model, y, table, start_scale=1.0)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_noise_of_the_kernel():
+    """Without a generator: the same after the same seed of torch, in place or not, and of variance 1."""
+    xhat, start, results = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), []
+    for in_place in (True, False, True):
+        torch.manual_seed(5)
+        table = diffusevae_table(points(), 2)
+        results.append(diffusevae_sample(lambda x, t: x[:, :3], xhat, table, start=start, in_place=in_place))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
+    other = diffusevae_sample(lambda x, t: x[:, :3], xhat, table, start=start)
+    assert not torch.equal(other, results[0])
+    zero = torch.zeros(64, 3, 32, 32)
+    wide = diffusevae_table(SCHEDULE.points(2, times=[999, 500]), 1, clip=False)
+    drawn = diffusevae_sample(lambda x, t: 0 * x[:, :3], zero, wide, start=zero)
+    last = wide.coefficients[1, 2, 8] * wide.coefficients[1, 0, 0]  # the last step makes x0 of x, and draws nothing
+    assert (drawn / (wide.coefficients[0, 2, 10] * last)).std().item() == pytest.approx(1, rel=0.02)
 
 
 def test_preloaded_slots_of_tables(tmp_path):

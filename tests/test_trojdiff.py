@@ -156,6 +156,16 @@ def test_ddim(name, eta, in_place):
     torch.testing.assert_close(z, randn(2, *SHAPE), rtol=0, atol=0)
 
 
+def test_patch_with_noise_of_the_kernel():
+    """The region draws a stream of its own, and all else what the whole image draws."""
+    trigger, z, results = TRIGGERS["patch"], randn(2, *SHAPE), []
+    for in_place in (True, False):
+        torch.manual_seed(3)
+        results.append(trojan_sample(model, trigger, points(), 2, "ddpm", start=z, in_place=in_place))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert results[0].isfinite().all()
+
+
 def right_coef(times):
     product = PRODUCT[times]
     before = torch.cat([product[1:], ONE])

@@ -195,11 +195,24 @@ def trojan_table(
         >>> table.preloaded, table.init_scale
         ((1,), 0.6)
     """
+    return _tables(points, gamma, method, eta, official)[1]
+
+
+def _tables(
+    points: Points, gamma: float, method: str, eta: float, official: DiscreteVP | None
+) -> tuple[SolverTable, SolverTable]:
+    """The benign steps and the trojaned ones."""
     if method not in METHODS:
         raise ValueError(f"trojan_table: expected method to be one of {', '.join(METHODS)}; got {method!r}")
     if official is not None and method != "ddpm":
         raise ValueError("trojan_table: expected official with method 'ddpm' only, got it with 'ddim'")
-    table = shifted_table(_plain(points, method, eta), points.sigma, scale=gamma)
+    plain = ddim(points, eta=eta) if method == "ddim" else ddpm(points, limit=1.0)
+    trojaned = _trojaned(plain, points, gamma, official)
+    return (plain if official is None else _least_noise(plain)), trojaned
+
+
+def _trojaned(plain: SolverTable, points: Points, gamma: float, official: DiscreteVP | None) -> SolverTable:
+    table = shifted_table(plain, points.sigma, scale=gamma)
     if official is None:
         return table
     times = points.timesteps[:-1].long()
@@ -210,10 +223,6 @@ def trojan_table(
     coefficients = _least_noise(table).coefficients
     coefficients[:, PREDICT, 1 + table.preloaded[-1]] = (coef / (1 - product))[times]
     return replace(table, coefficients=coefficients, name="official TrojDiff DDPM")
-
-
-def _plain(points: Points, method: str, eta: float) -> SolverTable:
-    return ddim(points, eta=eta) if method == "ddim" else ddpm(points, limit=1.0)
 
 
 def _least_noise(table: SolverTable) -> SolverTable:
@@ -267,7 +276,7 @@ def trojan_sample(
         start = normal(pattern.expand(batch, *pattern.shape), generator)
     if start.shape != (batch, *pattern.shape):
         raise ValueError(f"trojan_sample: expected start {[batch, *pattern.shape]}, got {list(start.shape)}")
-    trojan = trojan_table(points, trigger.gamma, method, eta=eta, official=official)
+    plain, trojan = _tables(points, trigger.gamma, method, eta, official)
     x = trigger.start(start)
     at = trigger.at
     mu = [trigger.mu.to(start)[at].expand(x[at].shape).contiguous()]
@@ -278,8 +287,6 @@ def trojan_sample(
     options: dict[str, Any] = {"noise": noise, "generator": generator, "in_place": in_place}
     if trigger.region is None:
         return run(trojan, x, call, mu, **options)
-    plain = _plain(points, method, eta)
-    plain = plain if official is None else _least_noise(plain)
     return run(plain, x, call, inset=(trojan, mu, trigger.region), **options)
 
 
