@@ -1,0 +1,221 @@
+"""Steps of the multistep schedulers: DPM-Solver, UniPC and DEIS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ..diffusion.reference import HISTORY, Step
+from ._diffusers_base import PREDICTIONS, Sigmas
+from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Program, X, as_image, as_noise, deis, dpm_solver
+from ._diffusers_rows import kept, program, uni
+
+FEW_STEPS = 15  # below it lower_order_final acts
+
+
+class Multistep(Sigmas):
+    """One that keeps the predictions of the steps before, at most ``solver_order - 1`` of them."""
+
+    _predictions = (*PREDICTIONS, "flow_prediction")
+    model_outputs: list[Tensor | None]
+    lower_order_nums: int
+    num_inference_steps: int | None
+    _step_index: int
+
+    def _begin(self, timestep: Any) -> int:
+        if self.num_inference_steps is None:
+            raise ValueError(f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps")
+        return self._index(timestep)
+
+    def _finish(self, prediction: Tensor, sample: Tensor, return_dict: bool) -> Any:
+        self.model_outputs.pop(0)
+        self.model_outputs.append(prediction)
+        if self.lower_order_nums < self.config.solver_order:
+            self.lower_order_nums += 1
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+    def _before(self) -> Sequence[Tensor | None]:
+        return self.model_outputs[:0:-1]
+
+    def _compile(self) -> None:
+        for index in range(len(self.timesteps)):
+            self._at(index, min(index, self.config.solver_order))
+
+    def _at(self, index: int, done: int) -> Program:
+        return self._program((index, done), lambda: self._make(index, done))
+
+    def _make(self, index: int, done: int) -> Program:
+        raise NotImplementedError
+
+    def _order(self, index: int, done: int, last_is_euler: bool) -> int:
+        config, left = self.config, len(self.timesteps) - index
+        few = config.lower_order_final and len(self.timesteps) < FEW_STEPS
+        if config.solver_order == 1 or done < 1 or (left == 1 and (few or last_is_euler)):
+            return 1
+        if config.solver_order == 2 or done < 2 or (left == 2 and few):
+            return 2
+        return 3
+
+
+class DPMSolverSteps(Multistep):
+    def register_to_config(self, **kwargs: Any) -> None:
+        super().register_to_config(**kwargs)
+        if kwargs.get("algorithm_type") == "sde-dpmsolver" and kwargs.get("solver_order", 2) > 2:
+            raise ValueError(
+                f"{type(self).__name__}: expected solver_order 1 or 2 with sde-dpmsolver, got {kwargs['solver_order']}"
+            )
+        if "algorithm_type" in kwargs and not kwargs["algorithm_type"].endswith(("++", "deis")):
+            if kwargs["prediction_type"] == "flow_prediction":
+                raise ValueError(
+                    f"{type(self).__name__}: expected flow_prediction with dpmsolver++ or sde-dpmsolver++, got "
+                    f"{kwargs['algorithm_type']}"
+                )
+
+    def _make(self, index: int, done: int) -> Program:
+        config, where = self.config, self._where(index)
+        now, kind = self._level(index), config.prediction_type
+        order = self._order(index, done, config.euler_at_final or config.final_sigmas_type == "zero")
+        levels = [self._level(i) for i in range(index + 1, index - order, -1)]
+        predict = dpm_solver(config.algorithm_type, config.solver_type == "midpoint", levels, where)
+        correct = None
+        if config.algorithm_type.endswith("++"):
+            convert = as_image(kind, now, where)
+        elif config.thresholding:
+            # The noise that the thresholded image leaves is what is kept.
+            convert = as_image(kind, now, where)
+            correct = {X: 1 / now.sigma, CONVERTED: -now.alpha / now.sigma}
+            predict[CORRECTED] = predict.pop(CONVERTED)
+        else:
+            convert = as_noise(kind, now, where)
+        return program(predict, {X: convert[0], OUTPUT: convert[1]}, correct, where=where)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """The sample of the next time step, as the peer's: see :mod:`fastcifar.compat.diffusers`."""
+        index = self._begin(timestep)
+        if self.config.variance_type in ("learned", "learned_range") and model_output.shape != sample.shape:
+            model_output = model_output[:, : sample.shape[1]]
+        config = self.config
+        noise = None
+        if config.algorithm_type.startswith("sde"):
+            noise = variance_noise
+            if noise is None:
+                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+        made = self._run(
+            self._at(index, self.lower_order_nums), sample, model_output, self._before(), noise, config.thresholding
+        )
+        kept_noise = config.thresholding and not config.algorithm_type.endswith("++")
+        return self._finish(made.corrected if kept_noise else made.converted, made.x_next, return_dict)
+
+
+class DEISSteps(Multistep):
+    def _make(self, index: int, done: int) -> Program:
+        config, where = self.config, self._where(index)
+        now = self._level(index)
+        order = self._order(index, done, False)
+        x, first, *others = deis([self._level(i) for i in range(index + 1, index - order, -1)], where)
+        predict = {X: x, **{kept(i): w for i, w in enumerate(others, 1)}}
+        if config.thresholding:
+            p, q = as_image(config.prediction_type, now, where)
+            predict[CORRECTED] = first
+            return program(
+                predict, {X: p, OUTPUT: q}, {X: 1 / now.sigma, CONVERTED: -now.alpha / now.sigma}, where=where
+            )
+        p, q = as_noise(config.prediction_type, now, where)
+        return program({**predict, CONVERTED: first}, {X: p, OUTPUT: q}, where=where)
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """The sample of the next time step, as the peer's: see :mod:`fastcifar.compat.diffusers`."""
+        index, threshold = self._begin(timestep), self.config.thresholding
+        made = self._run(
+            self._at(index, self.lower_order_nums), sample, model_output, self._before(), threshold=threshold
+        )
+        return self._finish(made.corrected if threshold else made.converted, made.x_next, return_dict)
+
+
+class UniPCSteps(Multistep):
+    last_sample: Tensor | None
+    this_order: int
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        super().register_to_config(**kwargs)
+        if kwargs.get("solver_p") is not None:
+            raise NotImplementedError(
+                f"{type(self).__name__}: expected no solver_p, which replaces the predictor by another scheduler"
+            )
+        if not 1 <= kwargs.get("solver_order", 2) < HISTORY:
+            raise ValueError(
+                f"{type(self).__name__}: expected solver_order of 1 to {HISTORY - 1}, got {kwargs['solver_order']}"
+            )
+        if not kwargs.get("predict_x0", True) and kwargs.get("prediction_type") == "flow_prediction":
+            raise ValueError(f"{type(self).__name__}: expected predict_x0 with flow_prediction, got predict_x0=False")
+
+    def _uni_order(self, index: int, done: int) -> int:
+        order = self.config.solver_order
+        if self.config.lower_order_final:
+            order = min(order, len(self.timesteps) - index)
+        return min(order, done + 1)
+
+    def _compile(self) -> None:
+        before = 0
+        for index in range(len(self.timesteps)):
+            done = min(index, self.config.solver_order)
+            corrects = index > 0 and index - 1 not in self.config.disable_corrector
+            self._uni(index, done, before if corrects else 0)
+            before = self._uni_order(index, done)
+
+    def _uni(self, index: int, done: int, corrector: int) -> Program:
+        return self._program((index, done, corrector), lambda: self._make_uni(index, done, corrector))
+
+    def _make_uni(self, index: int, done: int, corrector: int) -> Program:
+        config, where = self.config, self._where(index)
+        image, kind = config.predict_x0, config.solver_type
+        p, q = (as_image if image else as_noise)(config.prediction_type, self._level(index), where)
+        order = self._uni_order(index, done)
+        levels = [self._level(i) for i in range(index + 1, index - order, -1)]
+        x, first, *others = uni(image, kind, levels, False, where)
+        predict = {CONVERTED: first, **{kept(i): w for i, w in enumerate(others, 1)}}
+        if not corrector:
+            return program({**predict, X: x}, {X: p, OUTPUT: q}, where=where)
+        # One step back, from the last sample, which is the last tensor that is kept.
+        levels = [self._level(i) for i in range(index, index - corrector - 1, -1)]
+        last, new, *old = uni(image, kind, levels, True, where)
+        correct = {kept(HISTORY): last, CONVERTED: new, **{kept(i): w for i, w in enumerate(old, 1)}}
+        return program({**predict, CORRECTED: x}, {X: p, OUTPUT: q}, correct, where=where)
+
+    def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
+        """The sample of the next time step, as the peer's: see :mod:`fastcifar.compat.diffusers`."""
+        index = self._begin(timestep)
+        config = self.config
+        corrects = index > 0 and index - 1 not in self.disable_corrector and self.last_sample is not None  # type: ignore[attr-defined]
+        history: list[Tensor | None] = []
+        if corrects:
+            history = self.model_outputs[::-1]
+            history += [None] * (HISTORY - 1 - len(history))
+            history.append(self.last_sample)
+        else:
+            history = self.model_outputs[::-1]
+        done = self.lower_order_nums
+        made: Step = self._run(
+            self._uni(index, done, self.this_order if corrects else 0),
+            sample,
+            model_output,
+            history,
+            threshold=config.thresholding and config.predict_x0,
+        )
+        self.last_sample = made.corrected if corrects else sample
+        self.this_order = self._uni_order(index, done)
+        return self._finish(made.converted, made.x_next, return_dict)
