@@ -63,10 +63,12 @@ class Compiled:
         """Computes the programs that a run from the first step to the last will ask for."""
 
     def _program(self, key: Hashable, make: Callable[[], Program]) -> Program:
-        assert self._programs is not None
-        found = self._programs.get(key)
+        self._ready()
+        programs = self._programs
+        assert programs is not None
+        found = programs.get(key)
         if found is None:
-            found = self._programs[key] = make()
+            found = programs[key] = make()
         return found
 
     def _where(self, index: int | None = None) -> str:

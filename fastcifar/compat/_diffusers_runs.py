@@ -141,7 +141,7 @@ class PNDMSteps(Compiled):
         runs = 0 if self.config.skip_prk_steps else len(self.prk_timesteps)
         for counter, timestep in enumerate(self._times.tolist()):
             if counter < runs:
-                self._prk(counter, timestep, counter % 4 == 0, counter % 4 == 0)
+                self._prk(counter, timestep, counter % 4 == 0, counter % 4 < 2)
             elif runs:
                 self._plms(counter, timestep, 3)
             else:
@@ -155,10 +155,11 @@ class PNDMSteps(Compiled):
         base = self.cur_sample if phase else None
         summed = self.cur_model_output if isinstance(self.cur_model_output, Tensor) else None
         found = self._prk(self.counter, int(self._value(timestep)), base is None, summed is None)
-        made = self._run(found, sample, model_output, (None, None, None, None, base, summed))
+        last = self.ets[-1] if phase == 1 else None
+        made = self._run(found, sample, model_output, (last, None, None, None, base, summed))
         if phase == 0:
             self.ets.append(model_output)
-        self.cur_model_output = 0 if phase == 3 else made.corrected
+        self.cur_model_output = made.corrected if phase in (1, 2) else 0
         return self._finish(made.x_next, return_dict)
 
     def _prk(self, counter: int, timestep: int, from_x: bool, first: bool) -> Program:
@@ -171,10 +172,12 @@ class PNDMSteps(Compiled):
         x, along = self._transfer(start, before)
         base = X if from_x else kept(_BASE)
         summed = {OUTPUT: RUNGE_KUTTA[phase]}
-        if not first:
+        if phase == 1:
+            summed[kept(1)] = RUNGE_KUTTA[0]
+        elif not first:
             summed[kept(_SUM)] = 1.0
         if phase < 3:
-            return program({base: x, OUTPUT: along}, correct=summed, where=self._where())
+            return program({base: x, OUTPUT: along}, correct=summed if phase else None, where=self._where())
         return program({base: x, **{term: along * w for term, w in summed.items()}}, where=self._where())
 
     def step_plms(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
