@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
@@ -28,6 +29,12 @@ def compiling(set_timesteps: Callable[..., None]) -> Callable[..., None]:
             self._compile()
 
     return wrapper
+
+
+def ahead() -> contextlib.suppress:
+    """Around a program that is computed before its step: what is wrong with a step is said when it is taken, since a
+    run may never come to it."""
+    return contextlib.suppress(ValueError)
 
 
 class Compiled:

@@ -11,11 +11,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..diffusion.reference import HISTORY, Step
-from ._diffusers_base import PREDICTIONS, Sigmas
-from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Program, X, as_image, as_noise, deis, dpm_solver
-from ._diffusers_rows import kept, program, uni
+from ._diffusers_base import PREDICTIONS, Sigmas, ahead
+from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Before, Program, X, as_image, as_noise, deis, distinct
+from ._diffusers_rows import dpm_solver, kept, program, uni
 
 FEW_STEPS = 15  # below it lower_order_final acts
+
+
+def _columns(before: Sequence[Before], weights: Sequence[float]) -> dict[int, float]:
+    return {place.column: weight for place, weight in zip(before, weights, strict=True)}
 
 
 class Multistep(Sigmas):
@@ -44,8 +48,12 @@ class Multistep(Sigmas):
         return self.model_outputs[:0:-1]
 
     def _compile(self) -> None:
-        for index in range(len(self.timesteps)):
-            self._at(index, min(index, self.config.solver_order))
+        for index in range(len(self._times)):
+            with ahead():
+                self._at(index, min(index, self.config.solver_order))
+
+    def _steps_before(self, index: int, count: int) -> list[Before]:
+        return distinct(self._level(index), [self._level(index - i) for i in range(1, count + 1)])
 
     def _at(self, index: int, done: int) -> Program:
         return self._program((index, done), lambda: self._make(index, done))
@@ -81,8 +89,14 @@ class DPMSolverSteps(Multistep):
         config, where = self.config, self._where(index)
         now, kind = self._level(index), config.prediction_type
         order = self._order(index, done, config.euler_at_final or config.final_sigmas_type == "zero")
-        levels = [self._level(i) for i in range(index + 1, index - order, -1)]
-        predict = dpm_solver(config.algorithm_type, config.solver_type == "midpoint", levels, where)
+        predict = dpm_solver(
+            config.algorithm_type,
+            config.solver_type == "midpoint",
+            self._level(index + 1),
+            now,
+            self._steps_before(index, order - 1),
+            where,
+        )
         correct = None
         if config.algorithm_type.endswith("++"):
             convert = as_image(kind, now, where)
@@ -126,8 +140,9 @@ class DEISSteps(Multistep):
         config, where = self.config, self._where(index)
         now = self._level(index)
         order = self._order(index, done, False)
-        x, first, *others = deis([self._level(i) for i in range(index + 1, index - order, -1)], where)
-        predict = {X: x, **{kept(i): w for i, w in enumerate(others, 1)}}
+        before = self._steps_before(index, order - 1)
+        x, first, *others = deis(self._level(index + 1), now, before, where)
+        predict = {X: x, **_columns(before, others)}
         if config.thresholding:
             p, q = as_image(config.prediction_type, now, where)
             predict[CORRECTED] = first
@@ -171,10 +186,11 @@ class UniPCSteps(Multistep):
 
     def _compile(self) -> None:
         before = 0
-        for index in range(len(self.timesteps)):
+        for index in range(len(self._times)):
             done = min(index, self.config.solver_order)
             corrects = index > 0 and index - 1 not in self.config.disable_corrector
-            self._uni(index, done, before if corrects else 0)
+            with ahead():
+                self._uni(index, done, before if corrects else 0)
             before = self._uni_order(index, done)
 
     def _uni(self, index: int, done: int, corrector: int) -> Program:
@@ -185,15 +201,15 @@ class UniPCSteps(Multistep):
         image, kind = config.predict_x0, config.solver_type
         p, q = (as_image if image else as_noise)(config.prediction_type, self._level(index), where)
         order = self._uni_order(index, done)
-        levels = [self._level(i) for i in range(index + 1, index - order, -1)]
-        x, first, *others = uni(image, kind, levels, False, where)
-        predict = {CONVERTED: first, **{kept(i): w for i, w in enumerate(others, 1)}}
+        now, before = self._level(index), self._steps_before(index, order - 1)
+        x, first, *others = uni(image, kind, self._level(index + 1), now, before, False, where)
+        predict = {CONVERTED: first, **_columns(before, others)}
         if not corrector:
             return program({**predict, X: x}, {X: p, OUTPUT: q}, where=where)
-        # One step back, from the last sample, which is the last tensor that is kept.
-        levels = [self._level(i) for i in range(index, index - corrector - 1, -1)]
-        last, new, *old = uni(image, kind, levels, True, where)
-        correct = {kept(HISTORY): last, CONVERTED: new, **{kept(i): w for i, w in enumerate(old, 1)}}
+        # The step that led here once more, from the last sample, which is the last tensor that is kept.
+        before = [Before(place.column + 1, place.level) for place in self._steps_before(index - 1, corrector - 1)]
+        last, new, first, *others = uni(image, kind, now, self._level(index - 1), before, True, where)
+        correct = {kept(HISTORY): last, CONVERTED: new, kept(1): first, **_columns(before, others)}
         return program({**predict, CORRECTED: x}, {X: p, OUTPUT: q}, correct, where=where)
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..diffusion.reference import Step
-from ._diffusers_base import Compiled, Sigmas
+from ._diffusers_base import Compiled, Sigmas, ahead
 from ._diffusers_rows import CONVERTED, NOISE, OUTPUT, Level, Program, X, as_image, exploding, program
 
 LEAST_VARIANCE = 1e-20
@@ -30,13 +30,24 @@ class ByTime(Compiled):
 
     def _at_time(self, timestep: Any) -> int:
         self._ready()
-        value = self._value(timestep)
+        return self._checked(self._value(timestep))
+
+    def _checked(self, value: float) -> int:
         index = int(value)
         if index != value or not 0 <= index < len(self._cumulative):
             raise ValueError(
                 f"{type(self).__name__}.step: expected a time step of 0 to {len(self._cumulative) - 1}, got {value}"
             )
         return index
+
+    def _signal(self, timestep: int) -> float:
+        """The cumulative alpha: how much image there is, as a square."""
+        found = self._cumulative[timestep] if timestep >= 0 else 1.0
+        if not 0 <= found <= 1:
+            raise ValueError(
+                f"{type(self).__name__}, time step {timestep}: expected a cumulative alpha of 0 to 1, got {found}"
+            )
+        return found
 
     def _clip(self) -> float | None:
         return self.config.clip_sample_range if self.config.clip_sample and not self.config.thresholding else None
@@ -49,8 +60,8 @@ class DDIMSteps(ByTime):
 
     def _compile(self) -> None:
         for timestep in self._steps:
-            if 0 <= timestep < len(self._cumulative):
-                self._ddim(timestep, 0.0, False)
+            with ahead():
+                self._ddim(self._checked(timestep), 0.0, False)
 
     def _ddim(self, timestep: int, eta: float, clipped: bool) -> Program:
         return self._program((timestep, eta, clipped), lambda: self._make_ddim(timestep, eta, clipped))
@@ -58,8 +69,8 @@ class DDIMSteps(ByTime):
     def _make_ddim(self, timestep: int, eta: float, clipped: bool) -> Program:
         where = f"{type(self).__name__}, time step {timestep}"
         before = timestep - self.config.num_train_timesteps // self.num_inference_steps  # type: ignore[operator]
-        a = self._cumulative[timestep]
-        target = self._cumulative[before] if before >= 0 else self._final
+        a = self._signal(timestep)
+        target = self._signal(before) if before >= 0 else self._final
         now = Level(math.sqrt(a), math.sqrt(1 - a))
         kind = self.config.prediction_type
         p, q = as_image(kind, now, where)
@@ -130,8 +141,8 @@ class DDPMSteps(ByTime):
 
     def _compile(self) -> None:
         for timestep in self._steps:
-            if 0 <= timestep < len(self._cumulative):
-                self._ddpm(timestep)
+            with ahead():
+                self._ddpm(self._checked(timestep))
 
     def _before(self, timestep: int) -> int:
         if not (self.custom_timesteps or self.num_inference_steps):
@@ -147,8 +158,7 @@ class DDPMSteps(ByTime):
     def _betas(self, timestep: int) -> tuple[float, float, float, float]:
         """The cumulative alphas of now and of the target, the beta between them and the posterior's variance."""
         before = self._before(timestep)
-        a = self._cumulative[timestep]
-        target = self._cumulative[before] if before >= 0 else 1.0
+        a, target = self._signal(timestep), self._signal(before)
         beta = 1 - a / target
         return a, target, beta, max((1 - target) / (1 - a) * beta, LEAST_VARIANCE)
 
@@ -239,7 +249,8 @@ class EulerSteps(Exploding):
 
     def _compile(self) -> None:
         for index in range(len(self._levels) - 1):
-            self._euler(index, 0.0)
+            with ahead():
+                self._euler(index, 0.0)
 
     def _euler(self, index: int, churn: float) -> Program:
         return self._program((index, churn), lambda: self._make_euler(index, churn))
@@ -287,7 +298,8 @@ class AncestralSteps(Exploding):
 
     def _compile(self) -> None:
         for index in range(len(self._levels) - 1):
-            self._ancestral(index)
+            with ahead():
+                self._ancestral(index)
 
     def _ancestral(self, index: int) -> Program:
         return self._program(index, lambda: self._make_ancestral(index))

@@ -2,7 +2,7 @@
 
 Only numbers go in and come out, so that a schedule's own rounding stays where its owner put it: the levels of noise are
 what the scheduler holds in float32, everything computed from them is not. Differences are formed so that a step of
-length 0 (a schedule whose last sigma is doubled) gives the sample back, and phi functions are sums near 0.
+length 0 (a schedule whose last sigma is doubled) gives the sample back, and phi functions are sums near 0. A level that comes twice lends no slope: it is left out (:func:`distinct`).
 """
 
 from __future__ import annotations
@@ -70,6 +70,22 @@ def preserving(sigma: float) -> Level:
 
 def flowing(sigma: float) -> Level:
     return Level(1 - sigma, sigma)
+
+
+class Before(NamedTuple):
+    """An earlier step whose prediction is kept: the column where, and its level."""
+
+    column: int
+    level: Level
+
+
+def distinct(now: Level, before: Sequence[Level]) -> list[Before]:
+    """The steps before that lie at levels of their own, the last first."""
+    chosen: list[Before] = []
+    for i, level in enumerate(before, 1):
+        if level.lam != now.lam and all(level.lam != other.level.lam for other in chosen):
+            chosen.append(Before(kept(i), level))
+    return chosen
 
 
 def phi(k: int, z: float) -> float:
@@ -141,25 +157,24 @@ def exploding(kind: str, sigma: float) -> tuple[float, float]:
     return 0.0, 1.0
 
 
-def dpm_solver(kind: str, midpoint: bool, levels: Sequence[Level], where: str) -> dict[int, float]:
+def dpm_solver(
+    kind: str, midpoint: bool, target: Level, now: Level, before: Sequence[Before], where: str
+) -> dict[int, float]:
     """A multistep DPM-Solver step as the published code takes it (the third order one is of second order).
 
-    ``levels`` are of the target, of now, and of as many steps before as the order asks for; the predictions of those
-    are ``converted`` and the first that are kept. Source: Lu et al. 2022, arXiv 2211.01095.
+    Source: Lu et al. 2022, arXiv 2211.01095.
     """
-    target, now, *before = levels
     h = target.lam - now.lam
     image, stochastic = kind.endswith("++"), kind.startswith("sde")
     if math.isinf(h) and (before or not image):
         raise ValueError(f"{where}: expected some noise after a step other than a first order one, got a sigma of 0")
     z = (-2 * h if stochastic else -h) if image else h
-    grown = math.expm1(z)
     if image:
-        first = -target.alpha * grown
+        first = -target.alpha * math.expm1(z)
         sample = target.sigma / now.sigma * (math.exp(-h) if stochastic else 1.0)
         noise = target.sigma * math.sqrt(-math.expm1(-2 * h))
     else:
-        first = -(2 if stochastic else 1) * target.sigma * grown
+        first = -(2 if stochastic else 1) * target.sigma * math.expm1(z)
         sample = target.alpha / now.alpha
         noise = target.sigma * math.sqrt(math.expm1(2 * h)) if stochastic else 0.0
     terms = {X: sample, CONVERTED: first}
@@ -167,57 +182,55 @@ def dpm_solver(kind: str, midpoint: bool, levels: Sequence[Level], where: str) -
         terms[NOISE] = noise
     if not before:
         return terms
-    # (z phi_2(z), z phi_3(z)) with the signs of the two forms
+    # What slope and curvature of the predictions weigh, with the signs of the two forms.
     if image:
         bent = -target.alpha * z * phi(2, z)
         second = -target.alpha * (phi(2, z) + 0.5) if stochastic else -target.alpha * z * phi(3, z)
     else:
         bent = -(2 if stochastic else 1) * target.sigma * z * phi(2, z)
         second = -target.sigma * z * phi(3, z)
-    gaps = [a.lam - b.lam for a, b in zip([now, *before], before, strict=False)]
-    if min(gaps) <= 0:
-        raise ValueError(f"{where}: expected sigmas that fall, got one of them twice before the last")
+    near = h / (now.lam - before[0].level.lam)
     if len(before) == 1:
-        slope = (0.5 * first if midpoint else bent) * h / gaps[0]
+        slope = (0.5 * first if midpoint else bent) * near
         terms[CONVERTED] += slope
-        terms[kept(1)] = -slope
+        terms[before[0].column] = -slope
         return terms
-    # D1 and D2, which are differences of differences, as weights of the three predictions
-    near, far, both = h / gaps[0], h / gaps[1], gaps[0] + gaps[1]
+    gaps = now.lam - before[0].level.lam, before[0].level.lam - before[1].level.lam
+    far, both = h / gaps[1], gaps[0] + gaps[1]
+    terms |= {place.column: 0.0 for place in before}
     for coefficient, of_near, of_far in (
         (bent, 1 + gaps[0] / both, -gaps[0] / both),
         (second, h / both, -h / both),
     ):
         terms[CONVERTED] += coefficient * of_near * near
-        terms[kept(1)] = terms.get(kept(1), 0.0) + coefficient * (of_far * far - of_near * near)
-        terms[kept(2)] = terms.get(kept(2), 0.0) - coefficient * of_far * far
+        terms[before[0].column] += coefficient * (of_far * far - of_near * near)
+        terms[before[1].column] -= coefficient * of_far * far
     return terms
 
 
-def deis(levels: Sequence[Level], where: str) -> list[float]:
+def deis(target: Level, now: Level, before: Sequence[Before], where: str) -> list[float]:
     """Weights of x and of the noise predicted now and before: exact integrals of their polynomial in ``ln rho``.
 
     Source: Zhang and Chen 2022, arXiv 2204.13902, in the time ``ln(sigma / alpha)``.
     """
-    target, now, *before = levels
     span = now.lam - target.lam
     if math.isinf(span):
         raise ValueError(f"{where}: expected some noise after each step, got a sigma of 0")
-    nodes = [0.0, *(now.lam - level.lam for level in before)]
+    nodes = [0.0, *(now.lam - place.level.lam for place in before)]
     grown = math.exp(span)
     moments = [math.factorial(k) * span ** (k + 1) * grown * phi(k + 1, -span) for k in range(len(nodes))]
     scale = target.alpha * now.sigma / now.alpha
     return [target.alpha / now.alpha, *(scale * w for w in weights(nodes, moments, where))]
 
 
-def uni(image: bool, kind: str, levels: Sequence[Level], corrector: bool, where: str) -> list[float]:
+def uni(
+    image: bool, kind: str, target: Level, now: Level, before: Sequence[Before], corrector: bool, where: str
+) -> list[float]:
     """Weights of x and of predictions in a step of UniP, or of UniC (where the first of them is the one at the target).
 
-    ``levels``: of the target, of the start, and of order - 1 steps before it. Source: Zhao et al. 2023, arXiv
-    2302.04867, whose orders 1 of the corrector and 2 of the predictor use ``B(h)`` ("bh1", "bh2"); in the others B
-    cancels.
+    Source: Zhao et al. 2023, arXiv 2302.04867, whose orders 1 of the corrector and 2 of the predictor use ``B(h)``
+    ("bh1", "bh2"); in the others B cancels.
     """
-    target, now, *before = levels
     h = target.lam - now.lam
     z = -h if image else h
     scale = target.alpha if image else target.sigma
@@ -226,12 +239,11 @@ def uni(image: bool, kind: str, levels: Sequence[Level], corrector: bool, where:
         if before or corrector or not image:
             raise ValueError(f"{where}: expected some noise after a step of order 2 and more, got a sigma of 0")
         return [start, scale]
-    nodes = [level.lam - now.lam for level in before] + ([h] if corrector else [])
-    b = z if kind == "bh1" else math.expm1(z)
+    nodes = [place.level.lam - now.lam for place in before] + ([h] if corrector else [])
     if h == 0:
         found = [0.0] * len(nodes)
     elif len(nodes) == 1:
-        found = [0.5 * b * h / nodes[0]]
+        found = [0.5 * (z if kind == "bh1" else math.expm1(z)) * h / nodes[0]]
     else:
         # sum_j w_j node_j^i = i! h^i z phi_{i+1}(z) for i = 1...: divided by a node, the moments of one degree less
         moments = [math.factorial(i) * h**i * z * phi(i + 1, z) for i in range(1, len(nodes) + 1)]
@@ -241,10 +253,8 @@ def uni(image: bool, kind: str, levels: Sequence[Level], corrector: bool, where:
     return [start, *new, -scale * math.expm1(z) - sum(old) - sum(new), *old]
 
 
-def adams(sigmas: Sequence[float], where: str) -> list[float]:
-    """Weights of the derivatives now and before: integrals of their polynomial in sigma. ``sigmas``: of the target, of
-    now, of the steps before."""
-    target, now, *before = sigmas
+def adams(target: float, now: float, before: Sequence[float], where: str) -> list[float]:
+    """Weights of the derivatives now and before: integrals of their polynomial in sigma."""
     span = target - now
     nodes = [0.0, *(sigma - now for sigma in before)]
     return weights(nodes, [span ** (k + 1) / (k + 1) for k in range(len(nodes))], where)

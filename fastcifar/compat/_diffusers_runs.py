@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..diffusion.reference import HISTORY
-from ._diffusers_base import Compiled
+from ._diffusers_base import Compiled, ahead
 from ._diffusers_onestep import Exploding
 from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Program, X, adams, exploding, kept, program, transfer
 
@@ -21,7 +21,8 @@ class HeunSteps(Exploding):
 
     def _compile(self) -> None:
         for index in range(len(self._levels) - 1):
-            self._heun(index, index % 2 == 1)
+            with ahead():
+                self._heun(index, index % 2 == 1)
 
     def _heun(self, index: int, second: bool) -> Program:
         return self._program((index, second), lambda: self._make_heun(index, second))
@@ -59,7 +60,8 @@ class LMSSteps(Exploding):
     def _compile(self) -> None:
         for index in range(len(self._levels) - 1):
             order = min(index + 1, 4)
-            self._lms(index, order, order - 1)
+            with ahead():
+                self._lms(index, order, order - 1)
 
     def _lms(self, index: int, order: int, before: int) -> Program:
         return self._program((index, order, before), lambda: self._make_lms(index, order, before))
@@ -68,7 +70,9 @@ class LMSSteps(Exploding):
         where, sigma = self._where(index), self._levels[index]
         if sigma == 0:
             raise ValueError(f"{where}: expected some noise in the sample, got a sigma of 0")
-        now, *old = adams([self._levels[i] for i in range(index + 1, index - order, -1)], where)
+        now, *old = adams(
+            self._levels[index + 1], sigma, [self._levels[index - i] for i in range(1, order)], where
+        )
         p, q = exploding(self.config.prediction_type, sigma)
         # A run that starts in the middle has fewer derivatives than its order, and goes without those it has not.
         predict = {X: 1.0, CORRECTED: now, **{kept(i): w for i, w in enumerate(old[:before], 1)}}
@@ -140,12 +144,11 @@ class PNDMSteps(Compiled):
     def _compile(self) -> None:
         runs = 0 if self.config.skip_prk_steps else len(self.prk_timesteps)
         for counter, timestep in enumerate(self._times.tolist()):
-            if counter < runs:
-                self._prk(counter, timestep, counter % 4 == 0, counter % 4 < 2)
-            elif runs:
-                self._plms(counter, timestep, 3)
-            else:
-                self._plms(counter, timestep, min(max(counter - 1, 0), 3) if counter != 1 else 1)
+            with ahead():
+                if counter < runs:
+                    self._prk(counter, timestep, counter % 4 == 0, counter % 4 < 2)
+                else:  # how many outputs are kept: three after the Runge-Kutta steps; the second step keeps none
+                    self._plms(counter, timestep, 3 if runs else min(max(counter - 1, counter == 1), 3))
 
     def step_prk(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """A quarter of a Runge-Kutta step of the fourth order."""
