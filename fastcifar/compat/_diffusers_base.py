@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
@@ -18,13 +19,21 @@ MOST_AHEAD = 256  # constructors set as many steps as there are in training: tho
 
 
 def compiling(set_timesteps: Callable[..., None]) -> Callable[..., None]:
-    """A peer's ``set_timesteps``, after which all programs of the new steps are computed."""
+    """A peer's ``set_timesteps``, after which all programs of the new steps are computed.
+
+    The time steps go to their device last, so that they need not be read back from it.
+    """
+    signature = inspect.signature(set_timesteps)
 
     @functools.wraps(set_timesteps)
     def wrapper(self: Compiled, *args: Any, **kwargs: Any) -> None:
-        set_timesteps(self, *args, **kwargs)
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        device = given.pop("device", None)
+        set_timesteps(**given)
         self._programs = None
         self._ready()
+        if device is not None:
+            self.timesteps = self.timesteps.to(device)
         if len(self._times) <= MOST_AHEAD:
             self._compile()
 
@@ -42,6 +51,7 @@ class Compiled:
 
     config: Any
     timesteps: Tensor
+    num_inference_steps: int | None
     _predictions: ClassVar[tuple[str, ...]] = PREDICTIONS
     _programs: dict[Hashable, Program] | None = None
     _times: Tensor
@@ -77,6 +87,12 @@ class Compiled:
         if found is None:
             found = programs[key] = make()
         return found
+
+    def _check_set(self) -> None:
+        if self.num_inference_steps is None:
+            raise ValueError(
+                f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps"
+            )
 
     def _where(self, index: int | None = None) -> str:
         return type(self).__name__ if index is None else f"{type(self).__name__}, step {index}"

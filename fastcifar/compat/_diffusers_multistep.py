@@ -12,8 +12,22 @@ from torch import Tensor
 
 from ..diffusion.reference import HISTORY, Step
 from ._diffusers_base import PREDICTIONS, Sigmas, ahead
-from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Before, Program, X, as_image, as_noise, deis, distinct
-from ._diffusers_rows import dpm_solver, kept, program, uni
+from ._diffusers_rows import (
+    CONVERTED,
+    CORRECTED,
+    OUTPUT,
+    Before,
+    Program,
+    X,
+    as_image,
+    as_noise,
+    deis,
+    distinct,
+    dpm_solver,
+    kept,
+    program,
+    uni,
+)
 
 FEW_STEPS = 15  # below it lower_order_final acts
 
@@ -28,12 +42,13 @@ class Multistep(Sigmas):
     _predictions = (*PREDICTIONS, "flow_prediction")
     model_outputs: list[Tensor | None]
     lower_order_nums: int
-    num_inference_steps: int | None
     _step_index: int
 
     def _begin(self, timestep: Any) -> int:
         if self.num_inference_steps is None:
-            raise ValueError(f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps")
+            raise ValueError(
+                f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps"
+            )
         return self._index(timestep)
 
     def _finish(self, prediction: Tensor, sample: Tensor, return_dict: bool) -> Any:
@@ -78,12 +93,11 @@ class DPMSolverSteps(Multistep):
             raise ValueError(
                 f"{type(self).__name__}: expected solver_order 1 or 2 with sde-dpmsolver, got {kwargs['solver_order']}"
             )
-        if "algorithm_type" in kwargs and not kwargs["algorithm_type"].endswith(("++", "deis")):
-            if kwargs["prediction_type"] == "flow_prediction":
-                raise ValueError(
-                    f"{type(self).__name__}: expected flow_prediction with dpmsolver++ or sde-dpmsolver++, got "
-                    f"{kwargs['algorithm_type']}"
-                )
+        algorithm = kwargs.get("algorithm_type", "dpmsolver++")
+        if algorithm in ("dpmsolver", "sde-dpmsolver") and kwargs.get("prediction_type") == "flow_prediction":
+            raise ValueError(
+                f"{type(self).__name__}: expected flow_prediction with dpmsolver++ or sde-dpmsolver++, got {algorithm}"
+            )
 
     def _make(self, index: int, done: int) -> Program:
         config, where = self.config, self._where(index)

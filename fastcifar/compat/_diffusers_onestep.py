@@ -21,7 +21,6 @@ class ByTime(Compiled):
     """One whose steps go by the time step that they are given, in any order, and not by a counter."""
 
     alphas_cumprod: Tensor
-    num_inference_steps: int | None
     _cumulative: list[float]
 
     def _read_schedule(self) -> None:
@@ -104,7 +103,9 @@ class DDIMSteps(ByTime):
     ) -> Any:
         """The sample of the next time step, as the peer's: see :mod:`fastcifar.compat.diffusers`."""
         if self.num_inference_steps is None:
-            raise ValueError(f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps")
+            raise ValueError(
+                f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps"
+            )
         found = self._ddim(self._at_time(timestep), float(eta), bool(use_clipped_model_output))
         noise = None
         if eta > 0:
@@ -128,7 +129,6 @@ class DDIMSteps(ByTime):
 class DDPMSteps(ByTime):
     variance_type: str
     custom_timesteps: bool
-    num_inference_steps: int | None
     _output: ClassVar[Any]
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -184,8 +184,8 @@ class DDPMSteps(ByTime):
         """Noise of the variance that the model predicts, for each element its own."""
         if predicted is None:
             raise ValueError(
-                f"{type(self).__name__}.step: expected an output of twice the sample's channels with a variance_type of "
-                f"{self.variance_type}, got as many"
+                f"{type(self).__name__}.step: expected an output of twice the sample's channels with a variance_type "
+                f"of {self.variance_type}, got as many"
             )
         if self.variance_type == "learned":
             return predicted.sqrt() * noise

@@ -2,7 +2,8 @@
 
 Only numbers go in and come out, so that a schedule's own rounding stays where its owner put it: the levels of noise are
 what the scheduler holds in float32, everything computed from them is not. Differences are formed so that a step of
-length 0 (a schedule whose last sigma is doubled) gives the sample back, and phi functions are sums near 0. A level that comes twice lends no slope: it is left out (:func:`distinct`).
+length 0 (a schedule whose last sigma is doubled) gives the sample back, and phi functions are sums near 0. A level that
+comes twice lends no slope: it is left out (:func:`distinct`).
 """
 
 from __future__ import annotations

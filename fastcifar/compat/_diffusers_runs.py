@@ -70,9 +70,7 @@ class LMSSteps(Exploding):
         where, sigma = self._where(index), self._levels[index]
         if sigma == 0:
             raise ValueError(f"{where}: expected some noise in the sample, got a sigma of 0")
-        now, *old = adams(
-            self._levels[index + 1], sigma, [self._levels[index - i] for i in range(1, order)], where
-        )
+        now, *old = adams(self._levels[index + 1], sigma, [self._levels[index - i] for i in range(1, order)], where)
         p, q = exploding(self.config.prediction_type, sigma)
         # A run that starts in the middle has fewer derivatives than its order, and goes without those it has not.
         predict = {X: 1.0, CORRECTED: now, **{kept(i): w for i, w in enumerate(old[:before], 1)}}
@@ -95,10 +93,8 @@ class LMSSteps(Exploding):
                 stacklevel=2,
             )
         index = self._index(timestep)
-        history = self.derivatives[: -order : -1] if order > 1 else []
-        made = self._run(
-            self._lms(index, min(index + 1, order), len(history)), sample, model_output, history
-        )
+        history = self.derivatives[:-order:-1] if order > 1 else []
+        made = self._run(self._lms(index, min(index + 1, order), len(history)), sample, model_output, history)
         self.derivatives.append(made.corrected)
         if len(self.derivatives) > order:
             self.derivatives.pop(0)
@@ -114,7 +110,6 @@ _BASE, _SUM = 5, 6  # where the start of a Runge-Kutta step and the sum of its o
 class PNDMSteps(Compiled):
     _predictions: ClassVar[tuple[str, ...]] = ("epsilon", "v_prediction")
     alphas_cumprod: Tensor
-    num_inference_steps: int | None
     prk_timesteps: Any
     counter: int
     ets: list[Tensor]
@@ -131,8 +126,10 @@ class PNDMSteps(Compiled):
 
     def _stride(self) -> int:
         if self.num_inference_steps is None:
-            raise ValueError(f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps")
-        return self.config.num_train_timesteps // self.num_inference_steps
+            raise ValueError(
+                f"{type(self).__name__}.step: expected set_timesteps to be called before, got no time steps"
+            )
+        return self.config.num_train_timesteps // self.num_inference_steps  # type: ignore[operator]
 
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """The sample of the next time step, as the peer's: see :mod:`fastcifar.compat.diffusers`."""
@@ -211,12 +208,13 @@ class PNDMSteps(Compiled):
         # more of them (set from outside) goes by those alone: so the peer does.
         now, before = (timestep + self._stride(), timestep) if again else (timestep, timestep - self._stride())
         x, along = self._transfer(now, before)
+        outputs = range(kept(1), kept(count) + 1)
         if again and count != 1:
-            rule, terms = ADAMS[count - 1], range(kept(1), kept(count) + 1)
+            rule, terms = ADAMS[count - 1], list(outputs)
             base = X
         else:
             rule = MEAN if again else ADAMS[count]
-            terms = [OUTPUT, *range(kept(1), kept(count) + 1)]
+            terms = [OUTPUT, *outputs]
             base = kept(_BASE) if again else X
         return program({base: x, **{term: along * w for term, w in zip(terms, rule, strict=True)}}, where=self._where())
 

@@ -1,4 +1,4 @@
-"""A scheduler of ours as a table: its steps are taken once with nothing in them, and what each of them reads is noted."""
+"""A scheduler of ours as a table: its steps are taken once with nothing in them, and what each reads is noted."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def recorded(scheduler: Any, options: dict[str, Any]) -> SolverTable:
     if getattr(scheduler.config, "thresholding", False):
         raise ValueError(f"from_diffusers: expected a linear scheduler, got {name} with thresholding")
     if getattr(scheduler, "variance_type", None) in ("learned", "learned_range"):
-        raise ValueError(f"from_diffusers: expected a variance that is no output of the model, got {name} with a learned one")
+        raise ValueError(
+            f"from_diffusers: expected a variance that is no output of the model, got {name} with a learned one"
+        )
     if options.get("s_churn"):
         raise ValueError(f"from_diffusers: expected one program a step, got {name} with churn")
     scheduler = fresh(scheduler)

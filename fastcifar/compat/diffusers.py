@@ -32,8 +32,15 @@ except ImportError as error:
     raise ImportError(
         "fastcifar.compat.diffusers: expected diffusers to be installed, whose schedulers these are; got none"
     ) from error
-from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_euler_ancestral_discrete
-from diffusers.schedulers import scheduling_euler_discrete, scheduling_heun_discrete, scheduling_lms_discrete
+from diffusers import SchedulerMixin  # a saved pipeline that has one of ours looks for it here
+from diffusers.schedulers import (
+    scheduling_ddim,
+    scheduling_ddpm,
+    scheduling_euler_ancestral_discrete,
+    scheduling_euler_discrete,
+    scheduling_heun_discrete,
+    scheduling_lms_discrete,
+)
 
 from ._diffusers_base import compiling
 from ._diffusers_multistep import DEISSteps, DPMSolverSteps, UniPCSteps
@@ -50,6 +57,7 @@ __all__ = [
     "HeunDiscreteScheduler",
     "LMSDiscreteScheduler",
     "PNDMScheduler",
+    "SchedulerMixin",
     "UniPCMultistepScheduler",
 ]
 

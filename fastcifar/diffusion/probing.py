@@ -62,7 +62,9 @@ def from_diffusers(scheduler: Any, **options: Any) -> SolverTable:
     config = scheduler.config
     for option in ("thresholding", "clip_sample"):
         if getattr(config, option, False):
-            raise ValueError(f"from_diffusers: expected a linear scheduler, got {type(scheduler).__name__} with {option}")
+            raise ValueError(
+                f"from_diffusers: expected a linear scheduler, got {type(scheduler).__name__} with {option}"
+            )
     response = _Response(scheduler, options)
     for rank in _RANKS:
         table = _realised(response, rank)
@@ -119,7 +121,7 @@ def _widened(value: Any) -> Any:
 
 def _fresh(scheduler: Any) -> Any:
     """A copy that computes in float64 as far as what it holds goes."""
-    if getattr(scheduler, "_step_index", None) is not None or getattr(scheduler, "counter", 0):
+    if getattr(scheduler, "_step_index", None) is not None or getattr(scheduler, "counter", None):
         raise ValueError(f"from_diffusers: expected {type(scheduler).__name__} to have taken no step, got some taken")
     scheduler = copy.deepcopy(scheduler)
     for name, value in vars(scheduler).items():
@@ -232,9 +234,7 @@ def _realised(response: _Response, rank: float) -> SolverTable:
     )
 
 
-def _split(
-    slots: dict[int, Tensor], needed: Tensor, rank: float, where: str
-) -> tuple[dict[int, Tensor], list[Tensor]]:
+def _split(slots: dict[int, Tensor], needed: Tensor, rank: float, where: str) -> tuple[dict[int, Tensor], list[Tensor]]:
     """The fewest slots to keep and the fewest vectors to add, at most two, that span what is needed."""
     for kept_count in range(len(slots) + 1):
         found: tuple[dict[int, Tensor], list[Tensor]] | None = None
