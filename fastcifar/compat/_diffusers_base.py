@@ -11,9 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..diffusion.reference import CONVERT, Step, solver_step
-from ._diffusers_rows import OUTPUT, Level, Program, X, flowing, preserving
+from .._library import serves
+from ..diffusion.functional import Step, dynamic_threshold, solver_step
+from ..diffusion.reference import CONVERT
+from ._diffusers_rows import Level, Program, flowing, preserving
 
+_op = torch.ops.fastcifar.solver_step.default
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 MOST_AHEAD = 256  # constructors set as many steps as there are in training: those are computed when they are taken
 
@@ -112,16 +115,19 @@ class Compiled:
                 return self._times[timestep.storage_offset()].item()
         return timestep.item()
 
-    def _threshold(self, program: Program, sample: Tensor, output: Tensor) -> tuple[Tensor, float]:
+    def _threshold(self, program: Program, sample: Tensor, output: Tensor) -> Tensor:
         """Programs of each sample whose prediction is divided by its quantile: clamped to 1 they are thresholded."""
-        dtype = sample.dtype if sample.dtype in (torch.float32, torch.float64) else torch.float32
-        p, q = program.coefficients[CONVERT, [X, OUTPUT]].tolist()
-        image = q * output.to(dtype) if p == 0 else p * sample.to(dtype) + q * output.to(dtype)
-        size = torch.quantile(image.flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
-        size = size.clamp(1, self.config.sample_max_value).double()
+        most = self.config.sample_max_value
+        if most <= 1:
+            size = torch.full((len(sample),), float(most), dtype=torch.float64)
+        else:
+            rows = torch.zeros_like(program.coefficients)
+            rows[CONVERT] = program.coefficients[CONVERT]
+            image = solver_step(sample, output, (), rows.tolist()).converted
+            size = dynamic_threshold(image, self.config.dynamic_thresholding_ratio, float(most)).double()
         rows = program.coefficients.to(size.device).repeat(len(size), 1, 1)
         rows[:, CONVERT] /= size[:, None]
-        return rows, 1.0
+        return rows
 
     def _run(
         self,
@@ -140,10 +146,28 @@ class Compiled:
         if sample.dtype is not output.dtype:
             common = torch.promote_types(sample.dtype, output.dtype)
             sample, output = sample.to(common), output.to(common)
-        rows, limit = program.coefficients, program.limit
+        if noise is not None and noise.dtype is not sample.dtype:
+            noise = noise.to(sample.dtype)
+        given = [sample] * (program.kept[-1] + 1) if program.kept else []  # those of coefficient 0 are not read
+        for i in program.kept:
+            tensor = history[i]
+            if tensor is None:
+                raise ValueError(f"{type(self).__name__}.step: expected what the steps before have kept, got none")
+            given[i] = tensor if tensor.dtype is sample.dtype else tensor.to(sample.dtype)
         if threshold:
-            rows, limit = self._threshold(program, sample, output)
-        return solver_step(sample, output, history, rows, noise, limit=limit)
+            rows = self._threshold(program, sample, output)
+            return solver_step(sample, output, given, rows, noise, limit=1.0)
+        if not serves("solver_step", sample) or (
+            torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad or _require(given))
+        ):
+            return solver_step(sample, output, given, program.coefficients.tolist(), noise, limit=program.limit)
+        return Step(
+            *_op(sample, output, None, given, noise, None, None, program.numbers, 1.0, program.limit, 0, program.wanted)
+        )
+
+
+def _require(tensors: Sequence[Tensor]) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 class Sigmas(Compiled):

@@ -10,7 +10,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..diffusion.reference import HISTORY, Step
+from ..diffusion.functional import Step
+from ..diffusion.reference import HISTORY
 from ._diffusers_base import PREDICTIONS, Sigmas, ahead
 from ._diffusers_rows import (
     CONVERTED,

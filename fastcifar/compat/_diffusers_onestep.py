@@ -9,9 +9,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..diffusion.reference import Step
+from ..diffusion.functional import Step
 from ._diffusers_base import Compiled, Sigmas, ahead
-from ._diffusers_rows import CONVERTED, NOISE, OUTPUT, Level, Program, X, as_image, exploding, program
+from ._diffusers_rows import CONVERTED, NOISE, OUTPUT, Level, Program, X, as_image, exploding, program, slope
 
 LEAST_VARIANCE = 1e-20
 LEARNED = ("learned", "learned_range")
@@ -262,9 +262,9 @@ class EulerSteps(Exploding):
             raise ValueError(f"{self._where(index)}: expected some noise in the sample, got a sigma of 0")
         # Churn raises the sigma that epsilon stands for; v stays with the schedule's.
         p, q = exploding(kind, raised if kind == "epsilon" else sigma)
-        return program(
-            {X: target / raised, CONVERTED: 1 - target / raised}, {X: p, OUTPUT: q}, where=self._where(index)
-        )
+        along_x, along_output = slope(kind, sigma, raised)
+        predict = {X: 1 + (target - raised) * along_x, OUTPUT: (target - raised) * along_output}
+        return program(predict, {X: p, OUTPUT: q}, where=self._where(index))
 
     def step(
         self,
@@ -311,8 +311,9 @@ class AncestralSteps(Exploding):
         share = target / sigma
         up = target * math.sqrt(max(1 - share * share, 0.0))
         down = target * share  # sqrt(target^2 - up^2)
-        p, q = exploding(self.config.prediction_type, sigma)
-        predict = {X: down / sigma, CONVERTED: 1 - down / sigma, NOISE: up}
+        kind = self.config.prediction_type
+        (p, q), (along_x, along_output) = exploding(kind, sigma), slope(kind, sigma)
+        predict = {X: 1 + (down - sigma) * along_x, OUTPUT: (down - sigma) * along_output, NOISE: up}
         return program(predict, {X: p, OUTPUT: q}, where=self._where(index))
 
     def step(

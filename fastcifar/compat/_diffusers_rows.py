@@ -27,11 +27,13 @@ def kept(i: int) -> int:
 
 
 class Program(NamedTuple):
-    """The three rows of a step and what comes with them."""
+    """The three rows of a step and what comes with them: as the op takes them, since a step has no time to ask."""
 
     coefficients: Tensor
-    limit: float | None
-    noisy: bool
+    numbers: list[float]
+    limit: float  # infinite for none
+    wanted: int  # bits of x_next, converted and corrected
+    kept: tuple[int, ...]  # which of the kept tensors are read, from 0
 
 
 def program(
@@ -47,7 +49,10 @@ def program(
             if not math.isfinite(value):
                 raise ValueError(f"{where}: expected a step with finite coefficients, got {value}")
             rows[row, column] = value
-    return Program(rows, limit, predict.get(NOISE, 0.0) != 0)
+    used = (rows != 0).any(1).tolist()
+    read = (rows[:, kept(1) : kept(HISTORY) + 1] != 0).any(0).nonzero().flatten().tolist()
+    wanted = 1 | used[CONVERT] << 1 | used[CORRECT] << 2
+    return Program(rows, rows.flatten().tolist(), math.inf if limit is None else limit, wanted, tuple(read))
 
 
 class Level(NamedTuple):
@@ -156,6 +161,15 @@ def exploding(kind: str, sigma: float) -> tuple[float, float]:
     if kind == "v_prediction":
         return 1 / (sigma * sigma + 1), -sigma / math.sqrt(sigma * sigma + 1)
     return 0.0, 1.0
+
+
+def slope(kind: str, sigma: float, raised: float | None = None) -> tuple[float, float]:
+    """Coefficients of x and of the model's output in ``dx / dsigma = (x - image) / sigma``, which need not go through
+    the image: at small sigmas that is a difference of close numbers. Churn has ``raised`` sigma before."""
+    if kind == "epsilon":
+        return 0.0, 1.0
+    p, q = exploding(kind, sigma)
+    return (1 - p) / (raised or sigma), -q / (raised or sigma)
 
 
 def dpm_solver(

@@ -11,7 +11,11 @@ from torch import Tensor
 from ..diffusion.reference import HISTORY
 from ._diffusers_base import Compiled, ahead
 from ._diffusers_onestep import Exploding
-from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Program, X, adams, exploding, kept, program, transfer
+from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Program, X, adams, exploding, kept, program, slope, transfer
+
+
+def _plus(terms: dict[int, float], factor: float, others: dict[int, float]) -> dict[int, float]:
+    return terms | {term: terms.get(term, 0.0) + factor * value for term, value in others.items()}
 
 
 class HeunSteps(Exploding):
@@ -34,14 +38,21 @@ class HeunSteps(Exploding):
         at = target if second else sigma
         if at == 0:
             raise ValueError(f"{where}: expected some noise in the sample, got a sigma of 0")
-        p, q = exploding(self.config.prediction_type, at)
-        half = 0.5 * (target - sigma) / at
+        kind = self.config.prediction_type
+        p, q = exploding(kind, at)
+        half = 0.5 * (target - sigma)
         limit = self.config.clip_sample_range if self.config.clip_sample else None
         convert = {X: p, OUTPUT: q}
+        # What a step of 1 adds: the derivative, by way of the image where that is clipped.
+        along = (
+            {X: 1 / at, CONVERTED: -1 / at}
+            if self.config.clip_sample
+            else dict(zip((X, OUTPUT), slope(kind, at), strict=True))
+        )
         if second:
-            return program({kept(1): 1.0, X: half, CONVERTED: -half}, convert, limit=limit, where=where)
+            return program(_plus({kept(1): 1.0}, half, along), convert, limit=limit, where=where)
         # Kept is where half of the step leads: the other half goes by the derivative at its end.
-        return program({X: 1 + 2 * half, CONVERTED: -2 * half}, convert, {X: 1 + half, CONVERTED: -half}, limit, where)
+        return program(_plus({X: 1.0}, 2 * half, along), convert, _plus({X: 1.0}, half, along), limit, where)
 
     def step(self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """The sample of the next time step, as the peer's: see :mod:`fastcifar.compat.diffusers`."""
@@ -71,10 +82,11 @@ class LMSSteps(Exploding):
         if sigma == 0:
             raise ValueError(f"{where}: expected some noise in the sample, got a sigma of 0")
         now, *old = adams(self._levels[index + 1], sigma, [self._levels[index - i] for i in range(1, order)], where)
-        p, q = exploding(self.config.prediction_type, sigma)
+        kind = self.config.prediction_type
+        (p, q), (along_x, along_output) = exploding(kind, sigma), slope(kind, sigma)
         # A run that starts in the middle has fewer derivatives than its order, and goes without those it has not.
         predict = {X: 1.0, CORRECTED: now, **{kept(i): w for i, w in enumerate(old[:before], 1)}}
-        return program(predict, {X: p, OUTPUT: q}, {X: 1 / sigma, CONVERTED: -1 / sigma}, where=where)
+        return program(predict, {X: p, OUTPUT: q}, {X: along_x, OUTPUT: along_output}, where=where)
 
     def step(
         self,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..diffusion.reference import CONVERT, CORRECT, HISTORY, Step
+from ..diffusion.functional import Step
+from ..diffusion.reference import CONVERT, CORRECT, HISTORY
 from ..diffusion.table import SolverTable
 from ._diffusers_base import Compiled
 from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Program, X, kept
@@ -75,7 +77,7 @@ def recorded(scheduler: Any, options: dict[str, Any]) -> SolverTable:
         *_slots(recorder),
         timesteps=times.double(),
         scale=torch.tensor(scale, dtype=torch.float64),
-        limit=next((program.limit for program in recorder.programs if program.limit is not None), None),
+        limit=min((p.limit for p in recorder.programs if math.isfinite(p.limit)), default=None),
         init_scale=float(scheduler.init_noise_sigma),
         name=name.removesuffix("Scheduler"),
     )
