@@ -115,6 +115,13 @@ struct Step {
     merge();
   }
 
+  // Whether a row has a coefficient.
+  bool has(int row) const {
+    for (size_t i = 0; i < coefficients.size(); ++i)
+      if (coefficients[i] != 0 && int(i % kCoefficients) / kTerms == row) return true;
+    return false;
+  }
+
   Samples keep(const Tensor& t, const char* name) {
     kept.push_back(layout.laid_out(t, name));
     return layout.of(kept.back());
@@ -183,13 +190,13 @@ std::tuple<Tensor, Tensor, Tensor> solver_step(Tensor x, OptionalTensor output, 
                                                double guidance, double limit, int64_t stream, int64_t wanted) {
   const char* const op = "solver_step";
   Step step(op, x, output, uncond, history, noise, seed, coefficients, numbers, guidance, limit, stream);
-  FC_CHECK(wanted >= 0 && wanted < 1 << kRows, op, ": expected wanted of 0 to 7");
+  FC_CHECK(wanted >= -1 && wanted < 1 << kRows, op, ": expected wanted of 0 to 7, or -1");
   std::vector<Tensor> results;
-  // Noise is numbered from the first sample's first element to the last sample's last.
   for (int r = 0; r < kRows; ++r) {
-    const bool want = wanted >> r & 1;
+    const int row = kRowOfResult[r];
+    const bool want = wanted < 0 ? step.has(row) : wanted >> r & 1;
     results.push_back(want ? step.new_result() : empty_strided({0}, {1}, step.layout.dtype));
-    if (want) step.p.out[kRowOfResult[r]] = {results[r].data_ptr(), step.p.length};
+    if (want) step.p.out[row] = {results[r].data_ptr(), step.p.length};
   }
   step.run();
   return {results[0], results[1], results[2]};

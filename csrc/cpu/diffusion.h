@@ -8,14 +8,13 @@
 namespace fastcifar {
 
 // TERMS of fastcifar/diffusion/reference.py.
-enum StepTerm : int { kX = 0, kOutput = 1, kHistory = 2, kConverted = 8, kCorrected = 9, kNoise = 10 };
-enum StepRow : int { kConvert = 0, kCorrect = 1, kPredict = 2 };
-constexpr int kTerms = 11, kRows = 3;
+constexpr int kX = 0, kOutput = 1, kHistory = 2, kConverted = 8, kCorrected = 9, kNoise = 10, kTerms = 11;
+constexpr int kConvert = 0, kCorrect = 1, kPredict = 2, kRows = 3;
 constexpr int kInputs = kConverted;  // x, output, and six kept tensors
 constexpr int kCoefficients = kRows * kTerms;
 
-// Elements that are taken through a step together, of one sample: small enough for their noise to stay in the cache.
-constexpr int64_t kStepBlock = 2048;
+// Elements that are taken through a step together, of one sample: small enough for what it makes to stay in the cache.
+constexpr int64_t kStepBlock = 1024;
 // Random numbers come by as many at once: sixteen counters of four words.
 constexpr int64_t kNormalBlock = 64;
 

@@ -1,10 +1,11 @@
-// One step of a linear solver: three sums over the same tensors, each of which may use those before it. All of it is
-// done for four registers of elements at a time, so every tensor passes once through the machine: the least is a read
-// of each tensor that has a coefficient and a write of each result, and with two to five terms a step stays below what
-// the memory takes (a multiplication and an addition a term).
+// One step of a linear solver: three sums over the same tensors, each of which may use those before it. A block of
+// elements is taken through all three while it is in the first cache, a sum of up to kMost terms in one loop without a
+// branch, so that memory sees each tensor once: the least is a read of each tensor that has a coefficient and a write
+// of each result. A multiplication and an addition a term, three loads and a store for every two: with two to five
+// terms a step stays below what memory beyond the caches takes.
 //
 // A coefficient of 0 costs nothing: the terms of a program are listed once a sample, and only those are read. Sums go
-// from the first column to the last, as in the reference, whose results these are to the bit.
+// from the first column to the last, as in the reference, whose results these are to the bit (but for the sign of 0).
 #pragma once
 #include "diffusion.h"
 #include "normal.inl"
@@ -12,45 +13,36 @@
 
 namespace fastcifar::FASTCIFAR_ISA {
 
+constexpr int kMost = 5;
+
 template <class A>
 struct StepTerms {
   int count[kRows] = {}, from[kRows][kTerms];
   A factor[kRows][kTerms];
-  bool reads_output = false;
+  bool used[kTerms] = {};
+  bool reads(int row, int t) const {
+    for (int k = 0; k < count[row]; ++k)
+      if (from[row][k] == t) return true;
+    return false;
+  }
 };
 
 // What a program uses; a row that nobody asks for, by a result or by a later row, is left out.
 template <class A>
 static void list_terms(const StepProblem& p, const double* coefficients, StepTerms<A>& terms) {
-  bool used[kTerms] = {};
-  terms.reads_output = false;
+  for (bool& used : terms.used) used = p.all_rows;
   for (int row = kRows - 1; row >= 0; --row) {
     terms.count[row] = 0;
-    if (!p.all_rows && p.out[row].data == nullptr && (row == kPredict || !used[kConverted + row])) continue;
+    if (!p.all_rows && p.out[row].data == nullptr && (row == kPredict || !terms.used[kConverted + row])) continue;
     for (int t = 0; t < kTerms; ++t) {
       const A factor = A(coefficients[row * kTerms + t]);
       if (factor == 0) continue;
-      used[t] = true;
-      terms.reads_output = terms.reads_output || t == kOutput;
+      terms.used[t] = true;
       terms.from[row][terms.count[row]] = t;
       terms.factor[row][terms.count[row]++] = factor;
     }
   }
 }
-
-// Where the elements of one sample are.
-template <class S>
-struct StepRows {
-  const S *in[kInputs], *uncond, *noise;
-  S* out[kRows];
-  StepRows(const StepProblem& p, int64_t sample) {
-    const auto at = [&](const Samples& t) { return t.data ? (S*)t.data + sample * t.stride : nullptr; };
-    for (int t = 0; t < kInputs; ++t) in[t] = at(p.in[t]);
-    for (int r = 0; r < kRows; ++r) out[r] = at(p.out[r]);
-    uncond = at(p.uncond);
-    noise = at(p.noise);
-  }
-};
 
 template <class A>
 FC_INLINE V<A> clamped(V<A> x, A limit) {  // NaN stays NaN
@@ -58,117 +50,152 @@ FC_INLINE V<A> clamped(V<A> x, A limit) {  // NaN stays NaN
   return select<A>(x < -limit, splat<A>(-limit), x);
 }
 
-// kRegisters registers of a row's sum from element i on; made[] are the rows before it, output the guided one.
-template <int kRegisters, class A, class S, class Width>
-FC_INLINE void sum_terms(const StepTerms<A>& terms, int row, const StepRows<S>& at, const float* drawn, int64_t i,
-                         const V<A> (&output)[kRegisters], const V<A> (&made)[kRows][kRegisters], Width width,
-                         V<A> (&sum)[kRegisters]) {
-  constexpr int L = kLanes<A>;
-#pragma GCC unroll 4
-  for (int u = 0; u < kRegisters; ++u) sum[u] = V<A>{};
-  for (int k = 0; k < terms.count[row]; ++k) {
-    const int t = terms.from[row][k];
-    const A c = terms.factor[row][k];
-    if (t == kOutput) {
-#pragma GCC unroll 4
-      for (int u = 0; u < kRegisters; ++u) sum[u] = sum[u] + output[u] * c;
-    } else if (t == kConverted || t == kCorrected) {
-#pragma GCC unroll 4
-      for (int u = 0; u < kRegisters; ++u) sum[u] = sum[u] + made[t - kConverted][u] * c;
-    } else if (t == kNoise && drawn) {
-#pragma GCC unroll 4
-      for (int u = 0; u < kRegisters; ++u) sum[u] = sum[u] + load_as<A>(drawn + i + u * L, width) * c;
-    } else {
-      const S* from = (t == kNoise ? at.noise : at.in[t]) + i;
-#pragma GCC unroll 4
-      for (int u = 0; u < kRegisters; ++u) sum[u] = sum[u] + load_as<A>(from + u * L, width) * c;
-    }
+// to = [more +] from[0] factor[0] + ..., kTerm of them.
+template <int kTerm, bool kMore, class A>
+static void sum_terms(A* to, const A* more, const A* const* from, const A* factor, int64_t n, bool stream) {
+  for_each_vector<A>(n, [&](int64_t i, auto width) {
+    V<A> sum = load(from[0] + i, width) * factor[0];
+    if constexpr (kMore) sum = load(more + i, width) + sum;
+#pragma GCC unroll 8
+    for (int k = 1; k < kTerm; ++k) sum = sum + load(from[k] + i, width) * factor[k];
+    store(to + i, sum, width, stream);
+  });
+}
+
+template <bool kMore, class A>
+constexpr void (*kSums[kMost])(A*, const A*, const A* const*, const A*, int64_t, bool) = {
+    sum_terms<1, kMore, A>, sum_terms<2, kMore, A>, sum_terms<3, kMore, A>, sum_terms<4, kMore, A>,
+    sum_terms<5, kMore, A>};
+
+// A row of a program for a block. `part` holds what there is so far of a sum of many terms: the block may be written to
+// where a later term lies.
+template <class A>
+static void sum_row(const StepTerms<A>& terms, int row, const A* const* at, int64_t n, A* to, A* part, bool stream) {
+  const int count = terms.count[row];
+  if (count == 0) memset(to, 0, n * sizeof(A));
+  const A* from[kTerms];
+  for (int k = 0; k < count; ++k) from[k] = at[terms.from[row][k]];
+  for (int k = 0; k < count; k += kMost) {
+    const int some = count - k < kMost ? count - k : kMost;
+    const bool last = k + some == count;
+    const auto sum = k ? kSums<true, A>[some - 1] : kSums<false, A>[some - 1];
+    sum(last ? to : part, part, from + k, terms.factor[row] + k, n, last && stream);
   }
 }
 
-template <int kRegisters, class A, class S, class Width>
-FC_INLINE void guided_output(const StepProblem& p, const StepRows<S>& at, int64_t i, Width width,
-                             V<A> (&output)[kRegisters]) {
-  constexpr int L = kLanes<A>;
-#pragma GCC unroll 4
-  for (int u = 0; u < kRegisters; ++u) {
-    output[u] = load_as<A>(at.in[kOutput] + i + u * L, width);
-    if (at.uncond) {
-      const V<A> base = load_as<A>(at.uncond + i + u * L, width);
-      output[u] = base + (output[u] - base) * A(p.guidance);
+// A block of elements of one sample, in the type that is computed in.
+template <class S, class A = compute_t<S>>
+struct StepBlock {
+  static constexpr bool kInPlace = sizeof(S) == sizeof(A);
+  const S *in[kInputs], *uncond, *noise;
+  S* out[kRows];
+  int64_t count;
+  const A* at[kTerms];  // null where there is none
+  alignas(64) A own[kTerms + 1][kStepBlock];
+
+  A* part() { return own[kTerms]; }
+
+  void point(const StepProblem& p, int64_t sample, int64_t first, int64_t n) {
+    const auto place = [&](const Samples& t) { return t.data ? (S*)t.data + sample * t.stride + first : nullptr; };
+    for (int t = 0; t < kInputs; ++t) in[t] = place(p.in[t]);
+    for (int r = 0; r < kRows; ++r) out[r] = place(p.out[r]);
+    uncond = place(p.uncond);
+    noise = place(p.noise);
+    count = n;
+  }
+
+  const A* read(int t, const S* from) {
+    if constexpr (kInPlace) return (const A*)from;
+    if (from == nullptr) return nullptr;
+    for_each_vector<A>(count, [&](int64_t i, auto width) { store(own[t] + i, load_as<A>(from + i, width), width); });
+    return own[t];
+  }
+
+  void read_inputs(const StepProblem& p, const StepTerms<A>& terms, const float* drawn) {
+    for (int t = 0; t < kInputs; ++t) at[t] = terms.used[t] ? read(t, in[t]) : nullptr;
+    if (uncond && at[kOutput]) {
+      const A guidance = A(p.guidance);
+      for_each_vector<A>(count, [&](int64_t i, auto width) {
+        const V<A> base = load_as<A>(uncond + i, width);
+        store(own[kOutput] + i, base + (load(at[kOutput] + i, width) - base) * guidance, width);
+      });
+      at[kOutput] = own[kOutput];
+    }
+    at[kNoise] = nullptr;
+    if (!terms.used[kNoise]) return;
+    at[kNoise] = read(kNoise, noise);
+    if constexpr (sizeof(A) == 4) {
+      if (drawn) at[kNoise] = drawn;
+    } else if (drawn) {
+      for_each_vector<A>(count,
+                         [&](int64_t i, auto width) { store(own[kNoise] + i, load_as<A>(drawn + i, width), width); });
+      at[kNoise] = own[kNoise];
     }
   }
-}
 
-// The three rows for a few registers; made[] holds them after it.
-template <int kRegisters, class A, class S, class Width>
-FC_INLINE void take_step(const StepProblem& p, const StepTerms<A>& terms, const StepRows<S>& at, const float* drawn,
-                         int64_t i, Width width, V<A> (&output)[kRegisters], V<A> (&made)[kRows][kRegisters],
-                         V<A> (&before_clamp)[kRegisters]) {
-  if (terms.reads_output) guided_output<kRegisters, A, S>(p, at, i, width, output);
-  if (terms.count[kConvert]) {
-    sum_terms<kRegisters, A, S>(terms, kConvert, at, drawn, i, output, made, width, made[kConvert]);
-#pragma GCC unroll 4
-    for (int u = 0; u < kRegisters; ++u) {
-      before_clamp[u] = made[kConvert][u];
-      if (p.limit < __builtin_inf()) made[kConvert][u] = clamped<A>(made[kConvert][u], A(p.limit));
+  // Where a row may be summed: in its place, unless a later row reads what lies there.
+  A* target(const StepTerms<A>& terms, int row) {
+    if constexpr (kInPlace) {
+      bool free = out[row] != nullptr;
+      for (int later = row + 1; later < kRows && free; ++later)
+        for (int k = 0; k < terms.count[later]; ++k) free = free && at[terms.from[later][k]] != (const A*)out[row];
+      if (free) return (A*)out[row];
     }
+    return own[kConverted + row];
   }
-  if (terms.count[kCorrect])
-    sum_terms<kRegisters, A, S>(terms, kCorrect, at, drawn, i, output, made, width, made[kCorrect]);
-  if (terms.count[kPredict])
-    sum_terms<kRegisters, A, S>(terms, kPredict, at, drawn, i, output, made, width, made[kPredict]);
+  void write(int row, const A* from, bool stream) {
+    if (out[row] == nullptr || (const void*)from == (const void*)out[row]) return;
+    for_each_vector<A>(count,
+                       [&](int64_t i, auto width) { store_as(out[row] + i, load(from + i, width), width, stream); });
+  }
+};
+
+template <class A>
+static void clamp_block(const A* from, A* to, int64_t n, A limit) {
+  for_each_vector<A>(n, [&](int64_t i, auto width) { store(to + i, clamped<A>(load(from + i, width), limit), width); });
 }
 
-// f(sample, its rows, its terms, first element, one past the last, noise drawn for element 0 or null, block) for each
-// block of elements.
+// f(block of elements, its terms, the sample, the block's number) for each block.
 template <class S, class F>
 FC_INLINE void over_step_blocks(const StepProblem& p, int64_t begin, int64_t end, float* noise, F f) {
   using A = compute_t<S>;
   StepTerms<A> terms;
+  StepBlock<S> b;
   const int64_t each = p.blocks_of_sample();
   for (int64_t block = begin; block < end; ++block) {
     const int64_t sample = block / each, first = block % each * kStepBlock;
-    const int64_t last = p.length - first < kStepBlock ? p.length : first + kStepBlock;
+    const int64_t count = p.length - first < kStepBlock ? p.length - first : kStepBlock;
     if (block == begin || (p.per_sample && first == 0))
       list_terms<A>(p, p.coefficients + (p.per_sample ? sample * kCoefficients : 0), terms);
+    b.point(p, sample, first, count);
     const float* drawn = nullptr;
-    if (p.draws) {
+    if (p.draws && terms.used[kNoise]) {
       const int64_t number = sample * p.length + first, aligned = number / kNormalBlock * kNormalBlock;
-      const int64_t count = (number + (last - first) - aligned + kNormalBlock - 1) / kNormalBlock * kNormalBlock;
-      normal(p.seed, p.step, aligned, count, noise);
-      drawn = noise + (number - aligned) - first;
+      const int64_t numbers = (number + count - aligned + kNormalBlock - 1) / kNormalBlock * kNormalBlock;
+      normal(p.seed, p.step, aligned, numbers, noise);
+      drawn = noise + (number - aligned);
     }
-    f(sample, StepRows<S>(p, sample), terms, first, last, drawn, block);
+    b.read_inputs(p, terms, drawn);
+    f(b, terms, sample, block);
   }
 }
 
 template <class S>
 static void solver_step(const StepProblem& p, int64_t begin, int64_t end, float* noise) {
   using A = compute_t<S>;
-  constexpr int L = kLanes<A>, kGroup = 4;
-  over_step_blocks<S>(p, begin, end, noise,
-                      [&](int64_t, const StepRows<S>& at, const StepTerms<A>& terms, int64_t first, int64_t last,
-                          const float* drawn, int64_t) {
-                        int64_t i = first;
-                        V<A> output[kGroup]{}, made[kRows][kGroup]{}, unclamped[kGroup];
-                        for (; i + kGroup * L <= last; i += kGroup * L) {
-                          take_step<kGroup, A, S>(p, terms, at, drawn, i, Full{}, output, made, unclamped);
-#pragma GCC unroll 3
-                          for (int r = 0; r < kRows; ++r)
-                            if (at.out[r])
-#pragma GCC unroll 4
-                              for (int u = 0; u < kGroup; ++u)
-                                store_as(at.out[r] + i + u * L, made[r][u], Full{}, p.stream);
-                        }
-                        V<A> output1[1]{}, made1[kRows][1]{}, unclamped1[1];
-                        for (; i < last; i += L) {
-                          const Tail tail{int(last - i < L ? last - i : L)};
-                          take_step<1, A, S>(p, terms, at, drawn, i, tail, output1, made1, unclamped1);
-                          for (int r = 0; r < kRows; ++r)
-                            if (at.out[r]) store_as(at.out[r] + i, made1[r][0], tail, false);
-                        }
-                      });
+  over_step_blocks<S>(p, begin, end, noise, [&](StepBlock<S>& b, const StepTerms<A>& terms, int64_t, int64_t) {
+    for (int row = 0; row < kRows; ++row) {
+      if (terms.count[row] == 0 && b.out[row] == nullptr) continue;
+      A* const to = row == kPredict && StepBlock<S>::kInPlace ? (A*)b.out[row] : b.target(terms, row);
+      const bool direct = (void*)to == (void*)b.out[row];
+      sum_row<A>(terms, row, b.at, b.count, to, b.part(), p.stream && direct && row != kConvert);
+      if (row == kConvert && p.limit < __builtin_inf()) clamp_block<A>(to, to, b.count, A(p.limit));
+      if (row != kPredict) b.at[kConverted + row] = to;
+    }
+    if (b.out[kConvert]) b.write(kConvert, b.at[kConverted], p.stream);
+    if (b.out[kCorrect]) b.write(kCorrect, b.at[kCorrected], p.stream);
+    if (!StepBlock<S>::kInPlace && b.out[kPredict]) b.write(kPredict, b.own[kConverted + kPredict], p.stream);
+  });
   if (p.stream) stream_fence();
 }
 
@@ -183,65 +210,52 @@ static void solver_step_backward(const StepProblem& p, const StepGradients& g, i
                                  float* noise) {
   using A = compute_t<S>;
   constexpr int L = kLanes<A>;
-  over_step_blocks<S>(p, begin, end, noise,
-                      [&](int64_t sample, const StepRows<S>& at, const StepTerms<A>& terms, int64_t first, int64_t last,
-                          const float* drawn, int64_t block) {
-                        const double* c = p.coefficients + (p.per_sample ? sample * kCoefficients : 0);
-                        const auto factor = [&](int row, int t) { return A(c[row * kTerms + t]); };
-                        const auto row_of = [&](const Samples& t) {
-                          return t.data ? (S*)t.data + sample * t.stride : nullptr;
-                        };
-                        double* sums = g.sums ? g.sums + block * kCoefficients : nullptr;
-                        V<A> output[1]{}, made[kRows][1]{}, unclamped[1]{};
-                        for (int64_t i = first; i < last; i += L) {
-                          const int count = int(last - i < L ? last - i : L);
-                          const Tail tail{count};
-                          take_step<1, A, S>(p, terms, at, drawn, i, tail, output, made, unclamped);
-                          V<A> to[kRows];  // the gradients to what the rows made
-                          for (int r = 0; r < kRows; ++r) {
-                            const S* from = row_of(g.grad[r]);
-                            to[r] = from ? load_as<A>(from + i, tail) : V<A>{};
-                          }
-                          to[kCorrect] = to[kCorrect] + to[kPredict] * factor(kPredict, kCorrected);
-                          to[kConvert] = to[kConvert] + to[kPredict] * factor(kPredict, kConverted);
-                          to[kConvert] = to[kConvert] + to[kCorrect] * factor(kCorrect, kConverted);
-                          if (p.limit < __builtin_inf())
-                            to[kConvert] = select<A>(abs<A>(unclamped[0]) <= A(p.limit), to[kConvert], V<A>{});
-                          for (int t = 0; t < kInputs; ++t) {
-                            S* into = row_of(g.to_in[t]);
-                            S* base = t == kOutput ? row_of(g.to_uncond) : nullptr;
-                            if (!into && !base) continue;
-                            V<A> sum = to[kConvert] * factor(kConvert, t) + to[kCorrect] * factor(kCorrect, t);
-                            sum = sum + to[kPredict] * factor(kPredict, t);
-                            if (into)
-                              store_as(into + i, t == kOutput && at.uncond ? sum * A(p.guidance) : sum, tail, false);
-                            if (base) store_as(base + i, sum * A(1 - p.guidance), tail, false);
-                          }
-                          if (S* into = row_of(g.to_noise))
-                            store_as(into + i, to[kPredict] * factor(kPredict, kNoise), tail, false);
-                          if (!sums) continue;
-                          for (int t = 0; t < kTerms; ++t) {
-                            V<A> value{};
-                            if (t == kOutput) {
-                              if (at.in[kOutput]) guided_output<1, A, S>(p, at, i, tail, output);
-                              value = output[0];
-                            } else if (t < kInputs) {
-                              if (at.in[t]) value = load_as<A>(at.in[t] + i, tail);
-                            } else if (t == kNoise) {
-                              if (drawn)
-                                value = load_as<A>(drawn + i, tail);
-                              else if (at.noise)
-                                value = load_as<A>(at.noise + i, tail);
-                            } else {
-                              value = made[t - kConverted][0];
-                            }
-                            const V<A> finite = select<A>(abs<A>(value) < A(__builtin_inf()), value, V<A>{});
-                            for (int r = 0; r < kRows; ++r)
-                              if (t < kConverted + r || (r == kPredict && t == kNoise))
-                                add_lanes<A>(sums[r * kTerms + t], to[r] * (factor(r, t) == 0 ? finite : value), count);
-                          }
-                        }
-                      });
+  alignas(64) A unclamped[kStepBlock];
+  over_step_blocks<S>(
+      p, begin, end, noise, [&](StepBlock<S>& b, const StepTerms<A>& terms, int64_t sample, int64_t block) {
+        const double* c = p.coefficients + (p.per_sample ? sample * kCoefficients : 0);
+        const auto factor = [&](int row, int t) { return A(c[row * kTerms + t]); };
+        const int64_t first = block % p.blocks_of_sample() * kStepBlock;
+        const auto row_of = [&](const Samples& t) { return t.data ? (S*)t.data + sample * t.stride + first : nullptr; };
+        double* sums = g.sums ? g.sums + block * kCoefficients : nullptr;
+        sum_row<A>(terms, kConvert, b.at, b.count, unclamped, b.part(), false);
+        clamp_block<A>(unclamped, b.own[kConverted], b.count, A(p.limit));
+        b.at[kConverted] = b.own[kConverted];
+        sum_row<A>(terms, kCorrect, b.at, b.count, b.own[kCorrected], b.part(), false);
+        b.at[kCorrected] = b.own[kCorrected];
+        for (int64_t i = 0; i < b.count; i += L) {
+          const Tail tail{int(b.count - i < L ? b.count - i : L)};
+          V<A> to[kRows];  // the gradients to what the rows made
+          for (int r = 0; r < kRows; ++r) {
+            const S* from = row_of(g.grad[r]);
+            to[r] = from ? load_as<A>(from + i, tail) : V<A>{};
+          }
+          to[kCorrect] = to[kCorrect] + to[kPredict] * factor(kPredict, kCorrected);
+          to[kConvert] = to[kConvert] + to[kPredict] * factor(kPredict, kConverted);
+          to[kConvert] = to[kConvert] + to[kCorrect] * factor(kCorrect, kConverted);
+          if (p.limit < __builtin_inf())
+            to[kConvert] = select<A>(abs<A>(load(unclamped + i, tail)) <= A(p.limit), to[kConvert], V<A>{});
+          for (int t = 0; t < kInputs; ++t) {
+            S* into = row_of(g.to_in[t]);
+            S* base = t == kOutput ? row_of(g.to_uncond) : nullptr;
+            if (!into && !base) continue;
+            V<A> sum = to[kConvert] * factor(kConvert, t) + to[kCorrect] * factor(kCorrect, t);
+            sum = sum + to[kPredict] * factor(kPredict, t);
+            if (into) store_as(into + i, t == kOutput && b.uncond ? sum * A(p.guidance) : sum, tail, false);
+            if (base) store_as(base + i, sum * A(1 - p.guidance), tail, false);
+          }
+          if (S* into = row_of(g.to_noise)) store_as(into + i, to[kPredict] * factor(kPredict, kNoise), tail, false);
+          if (!sums) continue;
+          for (int t = 0; t < kTerms; ++t) {
+            if (b.at[t] == nullptr) continue;
+            const V<A> value = load(b.at[t] + i, tail);
+            const V<A> finite = select<A>(abs<A>(value) < A(__builtin_inf()), value, V<A>{});
+            for (int r = 0; r < kRows; ++r)
+              if (t < kConverted + r || (r == kPredict && t == kNoise))
+                add_lanes<A>(sums[r * kTerms + t], to[r] * (factor(r, t) == 0 ? finite : value), tail.count);
+          }
+        }
+      });
 }
 
 extern const DiffusionKernels diffusion_kernels;

@@ -89,6 +89,13 @@ def solver_step(
         tensor([[1.5000, 1.5000]])
     """
     op = "solver_step"
+    differentiable = (x, output, uncond, noise, coefficients, *history)
+    grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable)
+    if not grad and out is None and wanted is None and seed is None and not torch.compiler.is_compiling():
+        if isinstance(x, Tensor) and x.is_cpu and x.dim() and _library.serves(op, x) and not _library.transformed(x):
+            step = _at_once(x, output, history, coefficients, noise, uncond, guidance, limit, stream)
+            if step is not None:
+                return step
     _check_tensors(op, x, output, history, noise, uncond)
     numbers, tensor = _coefficients(op, coefficients, x)
     limit = _number(op, "limit", math.inf if limit is None else limit)
@@ -108,12 +115,26 @@ def solver_step(
     arguments = (x, output, uncond, noise, seeds, tensor, guidance, limit, stream, numbers)
     if out is not None:
         return _into(op, out, arguments, given)
-    differentiable = (x, output, uncond, noise, tensor, *given)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        results = _apply(*arguments, mask, *given)
-    else:
-        results = _call(*arguments, mask, given)
+    results = _apply(*arguments, mask, *given) if grad else _call(*arguments, mask, given)
     return Step(*(r if mask >> i & 1 else None for i, r in enumerate(results)))
+
+
+def _at_once(x, output, history, coefficients, noise, uncond, guidance, limit, stream) -> Step | None:
+    """The plain call of the op, which checks for itself; None where it refuses, so that the checks here may say why."""
+    numbers, tensor = [], coefficients
+    if not isinstance(coefficients, Tensor):
+        try:
+            numbers, tensor = [c for row in coefficients for c in row], None
+        except TypeError:
+            return None
+    try:
+        results = torch.ops.fastcifar.solver_step.default(
+            x, output, uncond, [x if h is None else h for h in history], noise, None, tensor, numbers, guidance,
+            math.inf if limit is None else limit, stream, -1,
+        )  # fmt: skip
+    except (RuntimeError, TypeError):
+        return None
+    return Step(*(r if r.shape == x.shape else None for r in results))
 
 
 def _call(x, output, uncond, noise, seed, coefficients, guidance, limit, stream, numbers, wanted, history):
@@ -313,7 +334,7 @@ def _seed(op: str, seed: Any, x: Tensor) -> Tensor:
 
 
 def normal_numbers(seed: int | Tensor, n: int, *, stream: int = 0) -> Tensor:
-    """Numbers 0 to n - 1 of a stream of standard normal numbers: Philox 4x32-10 and Box and Muller's transform.
+    """Numbers 0 to n - 1 of a stream of standard normal numbers: Philox 4x32-7 and Box and Muller's transform.
 
     Any number is a function of its place, of ``seed`` and of ``stream`` alone: 64 n' + 16 j + c is made of word j of
     the counter 16 n' + c under the key ``seed``. The radius has 23 bits, so the largest magnitude is 5.77.

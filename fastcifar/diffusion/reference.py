@@ -75,7 +75,7 @@ def solver_step(
 
 
 def normal_numbers(seed: int, stream: int, n: int) -> Tensor:
-    """Numbers 0 to n - 1 of a stream of standard normal numbers, float32: Philox 4x32-10, then Box and Muller.
+    """Numbers 0 to n - 1 of a stream of standard normal numbers, float32: Philox 4x32-7, then Box and Muller.
 
     Number ``64 b + 16 j + c`` is made of the words of counter ``16 b + c``: cosine and sine of words 0 and 1 for j = 0
     and 1, of words 2 and 3 for j = 2 and 3.
@@ -90,7 +90,7 @@ def normal_numbers(seed: int, stream: int, n: int) -> Tensor:
     w0, w1 = counter & 0xFFFFFFFF, counter >> 32
     w2, w3 = torch.full_like(w0, stream & 0xFFFFFFFF), torch.full_like(w0, stream >> 32 & 0xFFFFFFFF)
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
-    for _ in range(10):
+    for _ in range(7):
         high0, low0 = multiply(w0, 0xD2511F53)
         high1, low1 = multiply(w2, 0xCD9E8D57)
         w0, w1, w2, w3 = high1 ^ w1 ^ k0, low1, high0 ^ w3 ^ k1, low0
