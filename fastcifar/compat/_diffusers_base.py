@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .._library import serves
-from ..diffusion.functional import Step, dynamic_threshold, solver_step
+from ..diffusion.functional import Step, dynamic_threshold, normal_numbers, solver_step
 from ..diffusion.reference import CONVERT
 from ._diffusers_rows import Level, Program, flowing, preserving
 
 _op = torch.ops.fastcifar.solver_step.default
+_into = torch.ops.fastcifar.solver_step_into.default
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 MOST_AHEAD = 256  # constructors set as many steps as there are in training: those are computed when they are taken
 
@@ -35,6 +38,7 @@ def compiling(set_timesteps: Callable[..., None]) -> Callable[..., None]:
         set_timesteps(**given)
         self._programs = None
         self._ready()
+        self._seed()
         if device is not None:
             self.timesteps = self.timesteps.to(device)
         if len(self._times) <= MOST_AHEAD:
@@ -58,6 +62,12 @@ class Compiled:
     _predictions: ClassVar[tuple[str, ...]] = PREDICTIONS
     _programs: dict[Hashable, Program] | None = None
     _times: Tensor
+    return_original = True  # False: pred_original_sample is None, and not written where nothing else needs it
+    _keeps_converted = False
+    _in_kernel = False
+    _given_seed: int | None = None
+    _key: Tensor
+    _drawn = 0
 
     def register_to_config(self, **kwargs: Any) -> None:
         # The peer's constructors call this before all else: so options are refused when they are given.
@@ -129,6 +139,36 @@ class Compiled:
         rows[:, CONVERT] /= size[:, None]
         return rows
 
+    def draw_in_kernel(self, seed: int | None = None) -> None:
+        """From now on noise is drawn where it is added, by counters, in place of a tensor of torch's numbers.
+
+        Faster by the time that ``torch.randn`` takes, and other numbers than the peer's: those of
+        :func:`fastcifar.diffusion.normal_numbers`, a stream a step, the same for any number of threads. Steps with a
+        ``generator`` or ``variance_noise`` go on as before.
+
+        Args:
+            seed: 64 bits. Default: one of torch's generator at each ``set_timesteps``.
+        """
+        self._in_kernel, self._given_seed = True, seed
+        self._seed()
+
+    def _seed(self) -> None:
+        if self._in_kernel:
+            given = self._given_seed
+            self._key = torch.randint(2**63 - 1, (1,)) if given is None else torch.tensor([given])
+            self._drawn = 0
+
+    def _noise(
+        self, like: Tensor, generator: Any, dtype: torch.dtype | None = None, as_tensor: bool = False
+    ) -> Tensor | None:
+        """Noise of a generator; None where the op is to draw it."""
+        if not self._in_kernel or generator is not None:
+            return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype or like.dtype)
+        if not as_tensor:
+            return None
+        self._drawn += 1
+        return normal_numbers(self._key.to(like.device), like.numel(), stream=self._drawn - 1).view(like.shape)
+
     def _run(
         self,
         program: Program,
@@ -137,7 +177,9 @@ class Compiled:
         history: Sequence[Tensor | None] = (),
         noise: Tensor | None = None,
         threshold: bool = False,
+        over: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Step:
+        """Runs a program. ``over`` are kept tensors that may be overwritten by what is kept in their place."""
         if sample.shape != output.shape:
             raise ValueError(
                 f"{type(self).__name__}.step: expected an output like the sample, {list(sample.shape)}, "
@@ -148,22 +190,67 @@ class Compiled:
             sample, output = sample.to(common), output.to(common)
         if noise is not None and noise.dtype is not sample.dtype:
             noise = noise.to(sample.dtype)
+        key = None
+        if noise is None and program.noisy:
+            key = self._key if sample.is_cpu else self._key.to(sample.device, non_blocking=True)
+            self._drawn += 1
         given = [sample] * (program.kept[-1] + 1) if program.kept else []  # those of coefficient 0 are not read
         for i in program.kept:
             tensor = history[i]
             if tensor is None:
                 raise ValueError(f"{type(self).__name__}.step: expected what the steps before have kept, got none")
             given[i] = tensor if tensor.dtype is sample.dtype else tensor.to(sample.dtype)
-        if threshold:
-            rows = self._threshold(program, sample, output)
-            return solver_step(sample, output, given, rows, noise, limit=1.0)
-        if not serves("solver_step", sample) or (
-            torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad or _require(given))
-        ):
-            return solver_step(sample, output, given, program.coefficients.tolist(), noise, limit=program.limit)
-        return Step(
-            *_op(sample, output, None, given, noise, None, None, program.numbers, 1.0, program.limit, 0, program.wanted)
-        )
+        stream, wanted = self._drawn - 1 if key is not None else 0, program.wanted
+        if not (self.return_original or self._keeps_converted):
+            wanted &= ~2
+        grad = torch.is_grad_enabled() and (sample.requires_grad or output.requires_grad or _require(given))
+        if threshold or grad or not serves("solver_step", sample):
+            rows = self._threshold(program, sample, output) if threshold else program.coefficients.tolist()
+            return solver_step(
+                sample,
+                output,
+                given,
+                rows,
+                noise,
+                limit=1.0 if threshold else program.limit,
+                seed=key,
+                stream=stream,
+                wanted=[name for i, name in enumerate(Step._fields) if wanted >> i & 1],
+            )
+        numbers, limit = program.numbers, program.limit
+        converted, corrected = over
+        if converted is None and corrected is None:
+            made = _op(sample, output, None, given, noise, key, None, numbers, 1.0, limit, stream, wanted)
+            return Step(made[0], made[1] if wanted & 2 else None, made[2] if wanted & 4 else None)  # type: ignore[arg-type]
+        x_next = torch.empty_like(sample)
+        if converted is None and wanted & 2:
+            converted = torch.empty_like(sample)
+        if corrected is None and wanted & 4:
+            corrected = torch.empty_like(sample)
+        _into(sample, output, None, given, noise, key, None, numbers, 1.0, limit, stream, x_next, converted, corrected)
+        return Step(x_next, converted, corrected)  # type: ignore[arg-type]
+
+
+def spare(kept: Sequence[Tensor | None], i: int, holders: int = 1) -> Tensor | None:
+    """A kept tensor that no one would miss: one that a step has made, and that no one refers to but its holders."""
+    tensor = kept[i]
+    if tensor is None or not hasattr(tensor, _MADE) or _references(kept, i) > _ALONE + holders - 1:
+        return None
+    return None if tensor.requires_grad else tensor
+
+
+def mark(tensor: Tensor) -> Tensor:
+    """A tensor that a step has made to be kept."""
+    setattr(tensor, _MADE, True)
+    return tensor
+
+
+def _references(kept: Sequence[Tensor | None], i: int) -> int:
+    return sys.getrefcount(kept[i])
+
+
+_MADE = "_made_by_a_step"
+_ALONE = _references([torch.empty(0)], 0) + 1  # the list's, and that of the variable in spare
 
 
 def _require(tensors: Sequence[Tensor]) -> bool:

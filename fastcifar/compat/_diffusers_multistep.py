@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..diffusion.functional import Step
 from ..diffusion.reference import HISTORY
-from ._diffusers_base import PREDICTIONS, Sigmas, ahead
+from ._diffusers_base import PREDICTIONS, Sigmas, ahead, mark, spare
 from ._diffusers_rows import (
     CONVERTED,
     CORRECTED,
@@ -41,6 +40,7 @@ class Multistep(Sigmas):
     """One that keeps the predictions of the steps before, at most ``solver_order - 1`` of them."""
 
     _predictions = (*PREDICTIONS, "flow_prediction")
+    _keeps_converted = True
     model_outputs: list[Tensor | None]
     lower_order_nums: int
     _step_index: int
@@ -54,11 +54,17 @@ class Multistep(Sigmas):
 
     def _finish(self, prediction: Tensor, sample: Tensor, return_dict: bool) -> Any:
         self.model_outputs.pop(0)
-        self.model_outputs.append(prediction)
+        self.model_outputs.append(mark(prediction))
+        if len(self.model_outputs) > 1 and self.model_outputs[0] is prediction:
+            self.model_outputs[0] = None  # which had its memory, and was read for the last time
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
         self._step_index += 1
         return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+
+    def _over(self) -> tuple[Tensor | None, Tensor | None]:
+        """The oldest prediction that is read, whose memory the new one may have."""
+        return (spare(self.model_outputs, 1) if len(self.model_outputs) > 1 else None), None
 
     def _before(self) -> Sequence[Tensor | None]:
         return self.model_outputs[:0:-1]
@@ -142,10 +148,10 @@ class DPMSolverSteps(Multistep):
         if config.algorithm_type.startswith("sde"):
             noise = variance_noise
             if noise is None:
-                noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
-        made = self._run(
-            self._at(index, self.lower_order_nums), sample, model_output, self._before(), noise, config.thresholding
-        )
+                noise = self._noise(sample, generator, torch.float32)
+        over = self._over()
+        found = self._at(index, self.lower_order_nums)
+        made = self._run(found, sample, model_output, self._before(), noise, config.thresholding, over)
         kept_noise = config.thresholding and not config.algorithm_type.endswith("++")
         return self._finish(made.corrected if kept_noise else made.converted, made.x_next, return_dict)
 
@@ -170,9 +176,9 @@ class DEISSteps(Multistep):
     def step(self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True) -> Any:
         """The sample of the next time step, as the peer's: see :mod:`fastcifar.compat.diffusers`."""
         index, threshold = self._begin(timestep), self.config.thresholding
-        made = self._run(
-            self._at(index, self.lower_order_nums), sample, model_output, self._before(), threshold=threshold
-        )
+        over = self._over()
+        found = self._at(index, self.lower_order_nums)
+        made = self._run(found, sample, model_output, self._before(), None, threshold, over)
         return self._finish(made.corrected if threshold else made.converted, made.x_next, return_dict)
 
 
@@ -232,21 +238,22 @@ class UniPCSteps(Multistep):
         index = self._begin(timestep)
         config = self.config
         corrects = index > 0 and index - 1 not in self.disable_corrector and self.last_sample is not None  # type: ignore[attr-defined]
-        history: list[Tensor | None] = []
+        # The oldest prediction and the last sample are read for the last time, and new ones take their memory.
+        over = (spare(self.model_outputs, 0), spare([self.last_sample], 0, 2) if corrects else None)
+        history = self.model_outputs[::-1]
         if corrects:
-            history = self.model_outputs[::-1]
             history += [None] * (HISTORY - 1 - len(history))
             history.append(self.last_sample)
-        else:
-            history = self.model_outputs[::-1]
         done = self.lower_order_nums
         made: Step = self._run(
             self._uni(index, done, self.this_order if corrects else 0),
             sample,
             model_output,
             history,
-            threshold=config.thresholding and config.predict_x0,
+            None,
+            config.thresholding and config.predict_x0,
+            over,
         )
-        self.last_sample = made.corrected if corrects else sample
+        self.last_sample = mark(made.corrected) if corrects else sample
         self.this_order = self._uni_order(index, done)
         return self._finish(made.converted, made.x_next, return_dict)

@@ -6,7 +6,6 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..diffusion.functional import Step
@@ -113,9 +112,7 @@ class DDIMSteps(ByTime):
                 raise ValueError(f"{type(self).__name__}.step: expected generator or variance_noise, got both")
             noise = variance_noise
             if noise is None:
-                noise = randn_tensor(
-                    model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-                )
+                noise = self._noise(model_output, generator)
         return self._result(self._run(found, sample, model_output, (), noise, self.config.thresholding), return_dict)
 
     def _result(self, made: Step, return_dict: bool) -> Any:
@@ -207,10 +204,9 @@ class DDPMSteps(ByTime):
         if self.variance_type in LEARNED and model_output.shape[1] == 2 * sample.shape[1]:
             model_output, predicted = model_output.split(sample.shape[1], 1)
         if now > 0:
-            noise = randn_tensor(
-                model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
-            )
-            if self.variance_type in LEARNED:
+            learned = self.variance_type in LEARNED
+            noise = self._noise(model_output, generator, as_tensor=learned)
+            if learned and noise is not None:
                 noise = self._learned(now, predicted, noise)
         made = self._run(self._ddpm(now), sample, model_output, (), noise, self.config.thresholding)
         if not return_dict:
@@ -284,9 +280,8 @@ class EulerSteps(Exploding):
         sigma = self._levels[index]
         churn = min(s_churn / (len(self._levels) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
         if churn > 0:
-            noise = randn_tensor(
-                model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator
-            )
+            noise = self._noise(model_output, generator, as_tensor=True)
+            assert noise is not None
             sample = sample.float() if sample.dtype != torch.float64 else sample
             sample = sample.add(noise, alpha=s_noise * sigma * math.sqrt((churn + 1) ** 2 - 1))
         made = self._run(self._euler(index, churn), sample, model_output)
@@ -328,8 +323,6 @@ class AncestralSteps(Exploding):
         self._float_step(type(self).__name__, timestep)
         index = self._index(timestep)
         # Drawn at the last step too, where none is added: the generator goes on as the peer's does.
-        noise = randn_tensor(
-            model_output.shape, dtype=model_output.dtype, device=model_output.device, generator=generator
-        )
+        noise = self._noise(model_output, generator)
         made = self._run(self._ancestral(index), sample, model_output, (), noise)
         return self._finish(made, model_output.dtype, return_dict)

@@ -34,6 +34,7 @@ class Program(NamedTuple):
     limit: float  # infinite for none
     wanted: int  # bits of x_next, converted and corrected
     kept: tuple[int, ...]  # which of the kept tensors are read, from 0
+    noisy: bool
 
 
 def program(
@@ -52,7 +53,14 @@ def program(
     used = (rows != 0).any(1).tolist()
     read = (rows[:, kept(1) : kept(HISTORY) + 1] != 0).any(0).nonzero().flatten().tolist()
     wanted = 1 | used[CONVERT] << 1 | used[CORRECT] << 2
-    return Program(rows, rows.flatten().tolist(), math.inf if limit is None else limit, wanted, tuple(read))
+    return Program(
+        rows,
+        rows.flatten().tolist(),
+        math.inf if limit is None else limit,
+        wanted,
+        tuple(read),
+        bool(rows[PREDICT, NOISE]),
+    )
 
 
 class Level(NamedTuple):

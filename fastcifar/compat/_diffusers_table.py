@@ -42,6 +42,7 @@ class _Recorder:
         history: Sequence[Tensor | None] = (),
         noise: Tensor | None = None,
         threshold: bool = False,
+        over: tuple[Tensor | None, Tensor | None] = (None, None),
     ) -> Step:
         step = len(self.programs)
         self.programs.append(program)
