@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -93,7 +94,8 @@ class Compiled:
         """Computes the programs that a run from the first step to the last will ask for."""
 
     def _program(self, key: Hashable, make: Callable[[], Program]) -> Program:
-        self._ready()
+        if self._programs is None:
+            self._ready()
         programs = self._programs
         assert programs is not None
         found = programs.get(key)
@@ -115,7 +117,7 @@ class Compiled:
         where it lies in memory: reading it would wait for the device."""
         if not isinstance(timestep, Tensor):
             return timestep
-        if timestep.device.type != "cpu" and timestep.dtype == self.timesteps.dtype and timestep.numel() == 1:
+        if not timestep.is_cpu and timestep.dtype == self.timesteps.dtype and timestep.numel() == 1:
             ours = self.timesteps
             if (
                 ours.is_contiguous()
@@ -229,6 +231,26 @@ class Compiled:
             corrected = torch.empty_like(sample)
         _into(sample, output, None, given, noise, key, None, numbers, 1.0, limit, stream, x_next, converted, corrected)
         return Step(x_next, converted, corrected)  # type: ignore[arg-type]
+
+
+def result(kind: Any, x_next: Tensor, image: Tensor | None, return_dict: bool) -> Any:
+    """What a step returns: a pair, or a dict of the peer's class, without its constructor, which takes longer than a
+    step of few elements."""
+    if not return_dict:
+        return x_next, image
+    made = kind.__new__(kind)
+    made["prev_sample"] = x_next
+    if image is not None:
+        made["pred_original_sample"] = image
+    else:
+        made.__dict__["pred_original_sample"] = None
+    return made
+
+
+def one(x_next: Tensor) -> SchedulerOutput:
+    made = SchedulerOutput.__new__(SchedulerOutput)
+    made["prev_sample"] = x_next
+    return made
 
 
 def spare(kept: Sequence[Tensor | None], i: int, holders: int = 1) -> Tensor | None:

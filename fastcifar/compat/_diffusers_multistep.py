@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..diffusion.functional import Step
 from ..diffusion.reference import HISTORY
-from ._diffusers_base import PREDICTIONS, Sigmas, ahead, mark, spare
+from ._diffusers_base import PREDICTIONS, Sigmas, ahead, mark, one, spare
 from ._diffusers_rows import (
     CONVERTED,
     CORRECTED,
@@ -60,7 +59,7 @@ class Multistep(Sigmas):
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
         self._step_index += 1
-        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+        return one(sample) if return_dict else (sample,)
 
     def _over(self) -> tuple[Tensor | None, Tensor | None]:
         """The oldest prediction that is read, whose memory the new one may have."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.functional import Step
-from ._diffusers_base import Compiled, Sigmas, ahead
+from ._diffusers_base import Compiled, Sigmas, ahead, result
 from ._diffusers_rows import CONVERTED, NOISE, OUTPUT, Level, Program, X, as_image, exploding, program, slope
 
 LEAST_VARIANCE = 1e-20
@@ -27,7 +27,8 @@ class ByTime(Compiled):
         self._steps = self._times.tolist()
 
     def _at_time(self, timestep: Any) -> int:
-        self._ready()
+        if self._programs is None:
+            self._ready()
         return self._checked(self._value(timestep))
 
     def _checked(self, value: float) -> int:
@@ -113,12 +114,8 @@ class DDIMSteps(ByTime):
             noise = variance_noise
             if noise is None:
                 noise = self._noise(model_output, generator)
-        return self._result(self._run(found, sample, model_output, (), noise, self.config.thresholding), return_dict)
-
-    def _result(self, made: Step, return_dict: bool) -> Any:
-        if not return_dict:
-            return made.x_next, made.converted
-        return self._output(prev_sample=made.x_next, pred_original_sample=made.converted)
+        made = self._run(found, sample, model_output, (), noise, self.config.thresholding)
+        return result(self._output, made.x_next, made.converted, return_dict)
 
     _output: ClassVar[Any]
 
@@ -209,9 +206,7 @@ class DDPMSteps(ByTime):
             if learned and noise is not None:
                 noise = self._learned(now, predicted, noise)
         made = self._run(self._ddpm(now), sample, model_output, (), noise, self.config.thresholding)
-        if not return_dict:
-            return made.x_next, made.converted
-        return self._output(prev_sample=made.x_next, pred_original_sample=made.converted)
+        return result(self._output, made.x_next, made.converted, return_dict)
 
 
 class Exploding(Sigmas):
@@ -230,10 +225,8 @@ class Exploding(Sigmas):
 
     def _finish(self, made: Step, dtype: torch.dtype, return_dict: bool) -> Any:
         self._step_index += 1
-        x_next = made.x_next.to(dtype)
-        if not return_dict:
-            return x_next, made.converted
-        return self._output(prev_sample=x_next, pred_original_sample=made.converted)
+        x_next = made.x_next if made.x_next.dtype is dtype else made.x_next.to(dtype)
+        return result(self._output, x_next, made.converted, return_dict)
 
     def _float_step(self, name: str, timestep: Any) -> None:
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):

@@ -5,11 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar
 
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ..diffusion.reference import HISTORY
-from ._diffusers_base import Compiled, ahead
+from ._diffusers_base import Compiled, ahead, one
 from ._diffusers_onestep import Exploding
 from ._diffusers_rows import CONVERTED, CORRECTED, OUTPUT, Program, X, adams, exploding, kept, program, slope, transfer
 
@@ -232,4 +231,4 @@ class PNDMSteps(Compiled):
 
     def _finish(self, sample: Tensor, return_dict: bool) -> Any:
         self.counter += 1
-        return SchedulerOutput(prev_sample=sample) if return_dict else (sample,)
+        return one(sample) if return_dict else (sample,)
