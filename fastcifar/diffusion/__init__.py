@@ -7,6 +7,7 @@ from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
 from .probing import from_diffusers
 from .shifted import shifted_table
 from .table import Points, SolverTable
+from .tree import TableStep, TreeSampler, TreeSamples
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
 from .uvit import UViT, UViTOutputs, UViTResult
@@ -22,6 +23,9 @@ __all__ = [
     "SolverRun",
     "SolverTable",
     "Step",
+    "TableStep",
+    "TreeSampler",
+    "TreeSamples",
     "Trigger",
     "TrojanReport",
     "UViT",
