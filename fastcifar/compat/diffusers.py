@@ -8,13 +8,19 @@ Each class is a subclass of diffusers' class of the same name, which must be ins
 against). Constructor, ``config``, ``from_pretrained``, ``save_pretrained``, time steps and sigmas, ``add_noise`` and
 ``get_velocity`` are diffusers' own; so are the arguments of ``step`` and what it returns. Ours are the coefficients,
 which are computed in float64 by ``set_timesteps`` for all steps, and ``step``, which is one call of
-:func:`fastcifar.diffusion.solver_step` with no other arithmetic on tensors (thresholding adds a quantile).
+:func:`fastcifar.diffusion.solver_step` with no other arithmetic on tensors (thresholding adds a quantile, churn a sum).
+
+Two attributes, set on a scheduler, save more: ``scheduler.return_original = False`` leaves ``pred_original_sample`` out
+(None), which is a third of what DDIM's step writes and reads; ``scheduler.draw_in_kernel()`` has noise drawn where it is
+added, by counters, which is most of the time of a DDPM or SDE step, and gives other numbers than a generator.
 
 What differs:
 
 - float64 samples are stepped in float64, where most of diffusers' classes go through float32.
 - bfloat16 and float16 are rounded once a step, and ``pred_original_sample`` has the sample's dtype.
 - A time step on a device that was taken from ``timesteps`` is never read back.
+- What a multistep scheduler keeps (``model_outputs``, ``last_sample``) is overwritten in place once it was read for the
+  last time, unless something else refers to the tensor.
 - What diffusers computes as NaN raises a ``ValueError``: epsilon prediction from pure noise (DDIM and DDPM with
   ``rescale_betas_zero_snr``), orders above 1 to a sigma of 0, DDPM's ``fixed_large_log``. A last sigma that is doubled,
   where third orders give NaN, gives the sample back.
@@ -91,8 +97,8 @@ class DDPMScheduler(DDPMSteps, diffusers.DDPMScheduler):
 class DPMSolverMultistepScheduler(DPMSolverSteps, diffusers.DPMSolverMultistepScheduler):
     """DPM-Solver and DPM-Solver++ of orders 1 to 3, and their SDE forms (Lu et al. 2022, arXiv 2211.01095).
 
-    Order 3 is diffusers' and the authors' code, which is of second order:
-    :func:`fastcifar.diffusion.solver_table` has the one that is of third.
+    Order 3 is that of diffusers and of the authors' code, which takes half of the second derivative's term and is of
+    second order.
     """
 
     set_timesteps = compiling(diffusers.DPMSolverMultistepScheduler.set_timesteps)
