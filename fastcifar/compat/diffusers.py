@@ -10,9 +10,9 @@ against). Constructor, ``config``, ``from_pretrained``, ``save_pretrained``, tim
 which are computed in float64 by ``set_timesteps`` for all steps, and ``step``, which is one call of
 :func:`fastcifar.diffusion.solver_step` with no other arithmetic on tensors (thresholding adds a quantile, churn a sum).
 
-Two attributes, set on a scheduler, save more: ``scheduler.return_original = False`` leaves ``pred_original_sample`` out
-(None), which is a third of what DDIM's step writes and reads; ``scheduler.draw_in_kernel()`` has noise drawn where it is
-added, by counters, which is most of the time of a DDPM or SDE step, and gives other numbers than a generator.
+Two choices save more. ``scheduler.return_original = False`` leaves ``pred_original_sample`` out (None), one of the four
+tensors that DDIM's step reads and writes. ``scheduler.draw_in_kernel()`` has noise drawn where it is added, by counters:
+other numbers than a generator's, which are most of the time of a DDPM or SDE step.
 
 What differs:
 
