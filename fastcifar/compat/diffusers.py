@@ -12,7 +12,7 @@ which are computed in float64 by ``set_timesteps`` for all steps, and ``step``, 
 
 Two choices save more. ``scheduler.return_original = False`` leaves ``pred_original_sample`` out (None), one of the four
 tensors that DDIM's step reads and writes. ``scheduler.draw_in_kernel()`` has noise drawn where it is added, by counters:
-other numbers than a generator's, which are most of the time of a DDPM or SDE step.
+other numbers than a generator's, whose drawing is most of the time of a DDPM or SDE step.
 
 What differs:
 
