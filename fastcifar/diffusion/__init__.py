@@ -5,6 +5,7 @@ from .diffusevae import diffusevae_loss, diffusevae_noise, diffusevae_sample, di
 from .functional import SolverRun, Step, dynamic_threshold, normal_numbers, solver_step
 from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
 from .one_step import ddim, ddpm, euler, euler_ancestral, heun
+from .probing import from_diffusers
 from .pseudo_numerical import ipndm, pndm
 from .sampling import Thresholding, sample
 from .schedule import CosineVP, DiscreteVP, EDMSchedule, FlowSchedule, LinearVP, Schedule, exploding
@@ -15,7 +16,7 @@ from .tree import TableStep, TreeSampler, TreeSamples
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
 from .usf import Corrector, Decision, load_decisions, save_decisions
-from .usf import usf as usf_table  # by its own name it would hide its module
+from .usf import usf as usf_table
 from .uvit import UViT, UViTOutputs, UViTResult
 from .vae import DiffuseVAE, DiffuseVAEResult, ImageVAE
 
@@ -62,6 +63,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "exploding",
+    "from_diffusers",
     "guidance_of_weight",
     "heun",
     "invert_trigger",
