@@ -86,8 +86,8 @@ class GaussianMixture:
 
     @classmethod
     def sharp(cls, seed: int = 0) -> GaussianMixture:
-        """As :meth:`smooth`, of std 0.1 and means of 0.4: components that do not overlap, between which a sample decides
-        while there is noise, so that a solver's error may end it in another one."""
+        """As :meth:`smooth`, of std 0.1 and means of 0.4: components that do not overlap, between which a sample
+        decides while there is noise, so that a solver's error may end it in another one."""
         return cls(0.4 * _normal(seed, 8, 16), 0.1)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
