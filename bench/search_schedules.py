@@ -15,16 +15,19 @@ from fastcifar.diffusion import GaussianMixture, search_schedule
 
 OUT = Path(__file__).resolve().parent.parent / "fastcifar" / "diffusion" / "schedules"
 NAMES = [f"{mixture}-{steps}" for mixture in ("smooth", "sharp") for steps in (5, 8, 10)]
-START, END, NOISES = 1.0, 1e-3, 1024
+START, END, NOISES = 1.0, 1e-3, 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], help="default: all")
-    parser.add_argument("--budget", type=int, default=6000, help="schedules to try. Default 6000")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; default: all")
+    parser.add_argument("--budget", type=int, default=2400, help="schedules to try. Default 2400")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=None, help="processes; default: as many as processors")
     arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(NAMES):
+        parser.error(f"{unknown.pop()!r} is none of {', '.join(NAMES)}")
+    torch.set_num_threads(1)
     for name in arguments.names or NAMES:
         which, steps = name.rsplit("-", 1)
         mixture = getattr(GaussianMixture, which)()

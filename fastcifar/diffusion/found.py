@@ -112,12 +112,17 @@ def build_tables(
         ValueError: ``alpha / sigma`` does not grow from ``start`` to ``end``, or a build needs too many slots.
     """
     tables: dict[int, SolverTable] = {}
-    builds: dict[tuple, list[int]] = {}
+    lengths: dict[int, list[int]] = {}
     for index, candidate in enumerate(candidates):
-        builds.setdefault(candidate.build, []).append(index)
-    for members in builds.values():
-        alike = [candidates[i] for i in members]
-        position = torch.tensor([c.position for c in alike], dtype=torch.float64)
-        made = programs(alike, points_of(position, schedule, start, end), prediction)
-        tables.update(zip(members, made, strict=True))
+        lengths.setdefault(len(candidate), []).append(index)
+    for indices in lengths.values():
+        position = torch.tensor([candidates[i].position for i in indices], dtype=torch.float64)
+        points = points_of(position, schedule, start, end)
+        builds: dict[tuple, list[int]] = {}
+        for row, index in enumerate(indices):
+            builds.setdefault(candidates[index].build, []).append(row)
+        for rows in builds.values():
+            alike = [candidates[indices[row]] for row in rows]
+            made = programs(alike, Points(*(part[rows] for part in points)), prediction)
+            tables.update(zip((indices[row] for row in rows), made, strict=True))
     return [tables[i] for i in range(len(candidates))]

@@ -96,7 +96,7 @@ def search_schedule(
 
     Raises:
         ValueError: an argument is not as described; the file of ``state`` is of another search.
-        TypeError: the model cannot be sent to another process.
+        TypeError: ``space`` is no SearchSpace; the model cannot be sent to another process.
 
     Source: Liu et al., "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (ICLR
     2024): the decisions, the evolution and the idea of the predictor. The refinement is ours.
@@ -116,6 +116,8 @@ def search_schedule(
     counts = [steps] if isinstance(steps, int) else list(steps)
     refine = refine if refine is not None else 0.5 if fitness is None else 0.0
     space = SearchSpace() if space is None else space
+    if not isinstance(space, SearchSpace):
+        raise TypeError(f"search_schedule: expected space to be a SearchSpace, got {type(space).__name__}")
     workers = pool_size(executor, workers)
     _check(counts, budget, noise, prediction, targets, fitness, refine, population, batch, workers, threads)
     learner = SchedulePredictor() if predictor is True else predictor or None
