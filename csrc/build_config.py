@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # And what of a family has files of its own.
-FAMILIES = ["spiking", "packed", "spectral", "fixedpoint", "integer_matmul", "earlyexit"]
+FAMILIES = ["spiking", "packed", "spectral", "fixedpoint", "integer_matmul", "earlyexit", "diffusion"]
 ISAS = ["baseline", "avx2", "avx512"]
 
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.
@@ -26,6 +26,7 @@ HEADERS = [
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
     "csrc/cpu/cast.inl",  # of fixedpoint
+    "csrc/cpu/normal.inl",  # of diffusion
     *[f"csrc/cpu/{part}" for part in ("fft.inl", "codelets.inl", "grid.inl")],  # of spectral
 ]
 

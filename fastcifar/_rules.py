@@ -269,3 +269,53 @@ def exit_decide_vmap(info, in_dims, logits, thresholds, *rest):
     each = [[t if d is None else t.select(d, i) for i in range(info.batch_size)] for t, d in given]
     results = [torch.ops.fastcifar.exit_decide(*pair, *rest) for pair in zip(*each, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
+
+
+# ---- diffusion -------------------------------------------------------------------------------------------------------
+# A vmapped dimension joins the samples; programs of their own are then one for each sample.
+
+
+def _step_like(x: Tensor) -> Tensor:
+    """Like x where its samples are dense in some order, without gaps between them; else contiguous."""
+    length = x[0].numel() if x.dim() and x.shape[0] else 0
+    if x.is_contiguous() or x.dim() == 0:
+        return torch.empty_like(x)
+    dims = sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1)
+    expected = 1
+    for stride, size in dims:
+        if stride != expected:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        expected *= size
+    if x.stride(0) < length:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty_strided(x.shape, (length, *x.stride()[1:]))
+
+
+def solver_step_fake(x, output, uncond, history, noise, seed, coefficients, numbers, guidance, limit, stream, wanted):
+    return tuple(_step_like(x) if wanted >> i & 1 else x.new_empty((0,)) for i in range(3))
+
+
+def solver_step_into_fake(*arguments):
+    return None
+
+
+def solver_table_step_fake(*arguments):
+    return None
+
+
+def solver_step_backward_fake(grad_x_next, grad_converted, grad_corrected, x, *rest):
+    *_, coefficients, _, _, _, _, wants = rest
+    like = _step_like(x)
+    count = bin(wants & 1023).count("1")
+    grads = x.new_empty_strided((count, *like.shape), (x.numel(), *like.stride()))
+    programs = coefficients.shape[0] if coefficients is not None and coefficients.dim() == 3 else 1
+    shape = (programs, 3, 11) if wants >> 10 & 1 else (0,)
+    return grads, torch.empty(shape, dtype=torch.float64, device="cpu" if coefficients is None else coefficients.device)
+
+
+def normal_numbers_fake(seed, stream, n):
+    return seed.new_empty((n,), dtype=torch.float32)
+
+
+def magnitude_quantile_fake(x, q):
+    return x.new_empty((x.shape[0],))
