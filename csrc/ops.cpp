@@ -69,6 +69,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("solver_step_backward", TORCH_BOX(&fastcifar::solver_step_backward));
   m.impl("normal_numbers", TORCH_BOX(&fastcifar::normal_numbers));
   m.impl("magnitude_quantile", TORCH_BOX(&fastcifar::magnitude_quantile));
+  // diffusion: tree search
+  m.impl("tree_select", TORCH_BOX(&fastcifar::tree_select));
+  m.impl("tree_sample", TORCH_BOX(&fastcifar::tree_sample));
+  m.impl("tree_backup", TORCH_BOX(&fastcifar::tree_backup));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -189,6 +189,9 @@ for _op, _source in (
     ("solver_step_backward", "diffusion"),
     ("normal_numbers", "diffusion"),
     ("magnitude_quantile", "diffusion"),
+    ("tree_select", "tree"),
+    ("tree_sample", "tree"),
+    ("tree_backup", "tree"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", getattr(_rules, f"{_op}_fake"), lib=_keep[0])
     if hasattr(_rules, f"{_op}_vmap"):

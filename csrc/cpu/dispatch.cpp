@@ -37,6 +37,7 @@ FC_TABLES(spectral_kernels, SpectralKernels)
 FC_TABLES(fixedpoint_kernels, FixedPointKernels)
 FC_TABLES(exit_kernels, ExitKernels)
 FC_TABLES(diffusion_kernels, DiffusionKernels)
+FC_TABLES(tree_kernels, TreeKernels)
 
 Isa best_isa() {
 #if defined(__x86_64__)

@@ -8,6 +8,7 @@
 #include "packed.h"
 #include "spectral.h"
 #include "spiking.h"
+#include "tree.h"
 
 namespace fastcifar {
 
@@ -31,5 +32,6 @@ const SpectralKernels& spectral_kernels(Isa isa);
 const FixedPointKernels& fixedpoint_kernels(Isa isa);
 const ExitKernels& exit_kernels(Isa isa);
 const DiffusionKernels& diffusion_kernels(Isa isa);
+const TreeKernels& tree_kernels(Isa isa);
 
 }  // namespace fastcifar

@@ -17,6 +17,7 @@ from .search_space import Candidate, SearchSpace
 from .shifted import shifted_table
 from .solvers import SOLVERS, deis, dpm_solver, dpm_solver_singlestep, lms, solver_table, unipc
 from .table import Points, SolverTable
+from .tree import TableStep, TreeSampler, TreeSamples
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
 from .usf import Corrector, Decision, load_decisions, save_decisions, usf
@@ -48,7 +49,10 @@ __all__ = [
     "SolverRun",
     "SolverTable",
     "Step",
+    "TableStep",
     "Thresholding",
+    "TreeSampler",
+    "TreeSamples",
     "Trial",
     "Trigger",
     "TrojanReport",

@@ -11,4 +11,5 @@
 #include "../packed.inl"
 #include "../spectral.inl"
 #include "../spiking.inl"
+#include "../tree.inl"
 #endif

@@ -9,3 +9,4 @@
 #include "../packed.inl"
 #include "../spectral.inl"
 #include "../spiking.inl"
+#include "../tree.inl"
