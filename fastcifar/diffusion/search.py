@@ -101,7 +101,7 @@ def search_schedule(
 
     Raises:
         ValueError: an argument is not as described; the file of ``state`` is of another search.
-        TypeError: ``space`` is no SearchSpace; the model cannot be sent to another process.
+        TypeError: ``space`` is no SearchSpace or ``schedule`` no Schedule; the model cannot be sent to another process.
 
     Source: Liu et al., "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (ICLR
     2024): the decisions, the evolution and the idea of the predictor. The refinement is ours.
@@ -123,6 +123,8 @@ def search_schedule(
     space = SearchSpace() if space is None else space
     if not isinstance(space, SearchSpace):
         raise TypeError(f"search_schedule: expected space to be a SearchSpace, got {type(space).__name__}")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"search_schedule: expected schedule to be a Schedule, got {type(schedule).__name__}")
     workers = pool_size(executor, workers)
     _check(counts, budget, noise, prediction, targets, fitness, refine, population, batch, workers, threads)
     learner = SchedulePredictor() if predictor is True else predictor or None
@@ -335,7 +337,7 @@ class _Search:
         evolved = [trial for trial in self.trials if trial.stage != "refined"]
         saved = [trial for trial in self.trials if trial.stage == "refined"]  # parts of a search that is resumed
         used = evolved[-1].used
-        field = self._finalists(evolved, (self.budget - used) // 4)
+        field = self._finalists(evolved, self.budget - used)
         while field:
             results = saved[: len(field)]
             saved = saved[len(field) :]
@@ -353,16 +355,19 @@ class _Search:
             best = sorted(results, key=lambda trial: trial.error)
             field = best[: len(field) // 2]
 
-    def _finalists(self, trials: Sequence[Trial], share: int) -> list[Trial]:
-        """The best of different build, at most eight, and no more than each can have an iteration."""
+    def _finalists(self, trials: Sequence[Trial], left: int) -> list[Trial]:
+        """The best of different build, at most eight, and no more than can have an iteration each."""
         best: dict[tuple, Trial] = {}
         for trial in sorted(trials, key=lambda trial: trial.error):
             if math.isfinite(trial.error):
                 best.setdefault(trial.candidate.build, trial)
         count = FINALISTS
-        while count and share // count < 1 + max((_iteration(t.candidate) for t in best.values()), default=0):
+        while count:
+            field = list(best.values())[:count]
+            if left // count.bit_length() // count > max((_iteration(t.candidate) for t in field), default=0):
+                return field
             count //= 2
-        return list(best.values())[:count]
+        return []
 
 
 def _iteration(candidate: Candidate) -> int:
