@@ -27,12 +27,14 @@ ALGORITHMS = {
 __all__ = ["SOLVERS", "deis", "dpm_solver", "dpm_solver_singlestep", "lms", "solver_table", "unipc"]
 
 
-def _orders(points: Points, order: int, lowered: bool, kind: str, name: str) -> list[int]:
-    """Of each step: what there is history for, lower at the end where asked, and 1 where data reach sigma 0."""
+def _orders(points: Points, order: int, lowered: bool | None, kind: str, name: str) -> list[int]:
+    """Of each step: what there is history for, lower at the end where asked (None: below 15 steps, as published), and 1
+    where data reach sigma 0."""
     if not isinstance(order, int) or order < 1:
         raise ValueError(f"{name}: expected order of 1 or more, got {order!r}")
     found = levels(points, name)
     steps = len(found) - 1
+    lowered = steps < FEW_STEPS if lowered is None else lowered
     orders = [min(order, i + 1, steps - i if lowered else order) for i in range(steps)]
     if KINDS[kind] == "data" and found[-1].sigma == 0:
         orders[-1] = 1
@@ -92,8 +94,7 @@ def dpm_solver(
     most = 2 if kind.startswith("sde") else 6 if exact else 3
     if not isinstance(order, int) or not 1 <= order <= most:
         raise ValueError(f"{name}: expected order of 1 to {most}, got {order!r}")
-    few = len(points.alpha) - 1 < FEW_STEPS
-    orders = _orders(points, order, few if lower_order_final is None else lower_order_final, kind, name)
+    orders = _orders(points, order, lower_order_final, kind, name)
     if euler_at_final:
         orders[-1] = 1
     made = {
@@ -222,8 +223,7 @@ def deis(
     Source: Zhang and Chen, "Fast Sampling of Diffusion Models with Exponential Integrator" (ICLR 2023), section 3.
     """
     name = f"deis{order}"
-    few = len(points.alpha) - 1 < FEW_STEPS
-    orders = _orders(points, order, few if lower_order_final is None else lower_order_final, "noise", name)
+    orders = _orders(points, order, lower_order_final, "noise", name)
     decisions = [Decision(o, "noise") for o in orders]
     return usf(points, decisions, prediction=prediction, scaled=scaled, name=name)
 
