@@ -112,6 +112,7 @@ def publish(results: Results) -> None:
     publish_spectral(results, caption)
     publish_fixedpoint(results, caption)
     publish_earlyexit(results, caption)
+    publish_search(results, caption)
     for family, prefix in (("spiking", "grid"), ("spectral", "grid-spectral")):
         grid = HERE / "results" / f"{prefix}-{name}.md"
         if grid.exists():
@@ -168,6 +169,13 @@ def publish_earlyexit(results: Results, caption: str) -> None:
     for marker, found in (("ops", ops), ("models", models)):
         if found:
             insert(ROOT / "docs" / "earlyexit.md", marker, plain + "\n\n".join(map(markdown_table, found)))
+
+
+def publish_search(results: Results, caption: str) -> None:
+    if "solver_search" in results.families:
+        plain = caption.replace("; in brackets the multiple of the floor", "")
+        tables = results.families["solver_search"]["overhead"]
+        insert(ROOT / "docs" / "diffusion_search.md", "searched", plain + "\n\n".join(map(markdown_table, tables)))
 
 
 def main() -> int:
