@@ -322,39 +322,40 @@ class TreeSampler:
         """The new states of each depth, a row for each branch that has one there, and the branches' rewards."""
         f = self._forest
         states: list[Tensor | None] = [None] * (self.steps + 2)
-        depth, row = f.depth[ends], f.row[ends]
-        x: Tensor | None = None
-        for at in range(1, f.levels + 1):
-            growing = (depth < at).nonzero().squeeze(1)
-            if not len(growing):
-                continue
-            joining = depth[growing] == at - 1
-            if at == 1:
-                x = self._checked(self._prior(len(growing), self._generator), len(growing), None, "prior")
-            else:
-                if x is None or bool(joining.any()):
-                    x = self._joined(x, self._states[at - 1], row[growing][joining], joining)
-                before = None if x.is_inference() else x._version
-                prev = self._step(x, f.levels + 1 - at, self._generator)
-                if before is not None and x._version != before:  # x is a state of the tree
-                    raise ValueError("TreeSampler: expected step to leave x as it is, got one that changes it in place")
-                x = self._checked(prev, len(growing), x.dtype, "step")
-                self.evaluations += len(growing)
-                self.calls += 1
-            states[at] = x
-        if x is None:
+        if not len(ends):
             return states, torch.empty(0, dtype=torch.float64)
+        depth, row = f.depth[ends], f.row[ends]
+        begins = set(depth.tolist())
+        x = torch.empty(0)  # the state of each branch under way, in the order of the branches
+        for at in range(min(begins) + 1, f.levels + 1):
+            if at == 1:
+                n = int((depth == 0).sum())
+                x = self._checked(self._prior(n, self._generator), n, None, "prior")
+            else:
+                if at - 1 in begins:
+                    under_way = depth[depth < at] < at - 1
+                    x = self._joined(x, self._states[at - 1][row[depth == at - 1]], under_way)
+                x = self._transition(x, f.levels + 1 - at)
+            states[at] = x
         return states, self._checked_rewards(self._reward(x), len(ends))
 
+    def _transition(self, x: Tensor, t: int) -> Tensor:
+        before = None if x.is_inference() else x._version
+        prev = self._step(x, t, self._generator)
+        if before is not None and x._version != before:  # x is a state of the tree
+            raise ValueError("TreeSampler: expected step to leave x as it is, got one that changes it in place")
+        self.evaluations += len(x)
+        self.calls += 1
+        return self._checked(prev, len(x), x.dtype, "step")
+
     @staticmethod
-    def _joined(x: Tensor | None, states: Rows, rows: Tensor, joining: Tensor) -> Tensor:
+    def _joined(x: Tensor, beginning: Tensor, under_way: Tensor) -> Tensor:
         """The branches under way and those that begin here, each in its place."""
-        new = states[rows]
-        if x is None:
-            return new
-        out = new.new_empty((len(joining), *new.shape[1:]))
-        joining = joining.to(out.device)
-        out[~joining], out[joining] = x, new
+        if len(beginning) == len(under_way):
+            return beginning
+        out = beginning.new_empty((len(under_way), *beginning.shape[1:]))
+        under_way = under_way.to(out.device)
+        out[under_way], out[~under_way] = x, beginning
         return out
 
     def _normal(self, n: int, generator: torch.Generator) -> Tensor:
