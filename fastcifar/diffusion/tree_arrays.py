@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,9 +18,14 @@ def _power_above(n: Tensor) -> Tensor:
     return torch.where(n == 0, 0, power)
 
 
+def _repeat(values: Tensor, counts: Tensor) -> Tensor:
+    """Each value so many times. ``repeat_interleave`` wakes all threads for it, which takes longer than the work."""
+    return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
+
+
 def _within(counts: Tensor) -> Tensor:
     """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
-    begin = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    begin = _repeat(counts.cumsum(0) - counts, counts)
     return torch.arange(len(begin)) - begin
 
 
@@ -139,7 +145,7 @@ class Forest:
         child the soft value is the child's). Nodes of a branch are numbered in turn, and the rows of a depth are in the
         order of the branches."""
         lengths = self.levels - self.depth[leaves]
-        branch, down = torch.arange(len(leaves)).repeat_interleave(lengths), _within(lengths)
+        branch, down = _repeat(torch.arange(len(leaves)), lengths), _within(lengths)
         first = self.nodes + lengths.cumsum(0) - lengths
         ids = torch.arange(self.nodes, self.nodes + len(branch))
         depth = self.depth[leaves][branch] + 1 + down
@@ -147,7 +153,7 @@ class Forest:
         order = depth.argsort(stable=True)
         here = depth.bincount(minlength=self.levels + 1)
         row = torch.empty_like(ids)
-        row[order] = _within(here) + self.at_depth.repeat_interleave(here)
+        row[order] = _within(here) + _repeat(self.at_depth, here)
         new = {
             "value": rewards[branch],
             "visits": torch.ones_like(ids),
@@ -177,9 +183,9 @@ class Forest:
         begin = self.slots + room.cumsum(0) - room
         self._reserve(0, self.slots + int(room.sum()))
         offset = _within(had[full])
-        source = self.start[nodes[full]].repeat_interleave(had[full]) + offset
-        self._pool[begin.repeat_interleave(had[full]) + offset] = self._pool[source]
+        source = _repeat(self.start[nodes[full]], had[full]) + offset
+        self._pool[_repeat(begin, had[full]) + offset] = self._pool[source]
         self.start[nodes[full]] = begin
         self.slots += int(room.sum())
-        self._pool[(self.start[nodes] + had).repeat_interleave(added) + _within(added)] = children[order]
+        self._pool[_repeat(self.start[nodes] + had, added) + _within(added)] = children[order]
         self.count[nodes] += added
