@@ -299,7 +299,7 @@ def test_progress(monkeypatch, capsys):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr("importlib.import_module", without_tqdm)
-    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+    with pytest.raises(ImportError, match="expected tqdm for progress=True"):
         sampler().run(3, progress=True)
 
 
@@ -341,6 +341,22 @@ def test_a_table_is_a_step():
     x0 = 0.9 * x1 - 0.1 * (x1 - 0.5 * (2 * x1).square()).clamp(-0.8, 0.8)
     torch.testing.assert_close(tree.samples().x, x0)
     torch.testing.assert_close(tree.samples().reward, x0.flatten(1).sum(1).double())
+
+
+def test_a_table_with_guidance():
+    def both(x, timestep):
+        return x.square(), x
+
+    def reward(x):
+        return x.flatten(1).sum(1)
+
+    guided = TableStep(both, table(), guidance=3.0)
+    tree = TreeSampler(guided, reward, (2,), trees=4, generator=seeded(3)).run(1)
+    assert tree.steps == 2
+    plain = TreeSampler(
+        lambda x, t: x + 3 * (x.square() - x), reward, (2,), table=table(), trees=4, generator=seeded(3)
+    )
+    torch.testing.assert_close(tree.samples().x, plain.run(1).samples().x)
 
 
 def test_a_table_that_does_not_fit_is_refused():

@@ -6,7 +6,8 @@ from .functional import SolverRun, Step, dynamic_threshold, normal_numbers, solv
 from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
 from .shifted import shifted_table
 from .table import Points, SolverTable
-from .tree import TableStep, TreeSampler, TreeSamples
+from .tree import TreeSampler, TreeSamples
+from .tree_step import TableStep
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
 from .uvit import UViT, UViTOutputs, UViTResult

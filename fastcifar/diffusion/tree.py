@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import solver_step
-from .reference import HISTORY
 from .table import SolverTable
 from .tree_arrays import Forest, Rows
+from .tree_step import TableStep
 
 SELECTIONS = ("boltzmann", "uct")
 
@@ -28,40 +27,6 @@ class TreeSamples(NamedTuple):
 
     x: Tensor
     reward: Tensor
-
-
-class TableStep:
-    r"""One reverse transition ``x_{t-1} ~ p(. | x_t)`` of a model and a table, as :class:`TreeSampler` takes it.
-
-    Transition t of S is step S - t of the table. A tree's states remember no others, so the table may use no history;
-    one without noise (DDIM with eta = 0) makes every child of a state the same, and only x_T is then searched.
-
-    Args:
-        model: called with ``x * scale`` and the timestep for each sample, ``[B]`` in x's dtype.
-        table: S steps; what the model predicts is the table's affair.
-
-    Raises:
-        TypeError: ``table`` is no :class:`SolverTable`.
-        ValueError: the table reads a history slot.
-    """
-
-    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], table: SolverTable) -> None:
-        if not isinstance(table, SolverTable):
-            raise TypeError(f"TableStep: expected table to be a SolverTable, got {type(table).__name__}")
-        if bool(table.coefficients[:, :, 2 : 2 + HISTORY].any()):
-            raise ValueError(f"TableStep: expected a table without history (one step at a time), got {table.name!r}")
-        self.model, self.table = model, table
-
-    def __call__(self, x: Tensor, t: int, generator: torch.Generator) -> Tensor:
-        index = len(self.table) - t
-        scale = float(self.table.scale[index])
-        timestep = torch.full((len(x),), float(self.table.timesteps[index]), dtype=x.dtype, device=x.device)
-        output = self.model(x if scale == 1 else x * scale, timestep) if self.table.evaluates[index] else None
-        noise = None
-        if self.table.noisy[index]:
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        rows = self.table.coefficients[index].tolist()
-        return solver_step(x, output, (), rows, noise, limit=self.table.limit, wanted=("x_next",)).x_next
 
 
 class TreeSampler:
@@ -92,18 +57,19 @@ class TreeSampler:
     (descents are chains of dependent small reads), so a round moves the rewards to the CPU and waits for them.
 
     A reward of minus infinity forbids a sample: it is never drawn while others have a finite one. With lam = 0 rewards
-    are ignored by Boltzmann choices. NaN and plus infinity are refused. Where ``step``, ``reward`` or Ctrl-C raises,
-    the tree is as it was before the round.
+    are ignored by Boltzmann choices. NaN and plus infinity are refused. Where ``step``, ``prior`` or ``reward`` raises
+    or is interrupted, the tree is as it was before the round. All states stay in memory.
 
     Source: Jain et al., "Diffusion Tree Sampling" (2025), arXiv 2506.20701. The paper's widening and UCT constants are
     not known to us: the defaults of ``widening``, ``c_uct``, ``width``, ``descents`` and ``trees`` are ours.
 
     Args:
         step: ``step(x, t, generator) -> x_prev``, one transition of a batch from level t (T...1, an int) to t - 1, with
-            randomness from ``generator`` alone; or, where ``table`` is given, a model as :class:`TableStep` takes it.
+            randomness from ``generator`` alone, such as a :class:`TableStep`; or, where ``table`` is given, a model as
+            :class:`TableStep` takes it.
         reward: ``reward(x_0) -> [B]``, floating.
         shape: of one state, without the batch.
-        steps: T, the number of transitions. Default: those of ``table``.
+        steps: T, the number of transitions. Default: the table's.
         lam: inverse temperature, at least 0. Default 1.
         table: a solver's table without history; ``step`` is then a model.
         selection: ``"boltzmann"`` (default) or ``"uct"``.
@@ -165,9 +131,11 @@ class TreeSampler:
             raise TypeError(f"TreeSampler: expected widening to be a pair (C, alpha), got {widening!r}")
         if table is not None:
             step = TableStep(step, table)
-            if steps not in (None, len(table)):
-                raise ValueError(f"TreeSampler: expected steps to be the table's {len(table)}, got {steps}")
-            steps = len(table)
+        scale = 1.0
+        if isinstance(step, TableStep):
+            if steps not in (None, len(step.table)):
+                raise ValueError(f"TreeSampler: expected steps to be the table's {len(step.table)}, got {steps}")
+            steps, scale = len(step.table), step.table.init_scale
         if selection not in SELECTIONS:
             raise ValueError(f"TreeSampler: expected selection to be one of {', '.join(SELECTIONS)}; got {selection!r}")
         counts = {"steps": steps, "width": width, "trees": trees, "descents": descents}
@@ -183,7 +151,7 @@ class TreeSampler:
         self._step, self._reward = step, reward
         self._prior = prior or self._normal
         self._dtype, self._device = dtype, torch.device(device)
-        self._scale = 1.0 if table is None else table.init_scale
+        self._scale = scale
         self._forest = Forest(trees, steps + 1, float(lam), float(c_uct), (c, alpha), max_children, width)
         self._states = [Rows() for _ in range(steps + 2)]  # by depth; of a root there is none
         self._rewards, self._tree_of = Rows(), Rows()  # of each x_0
@@ -398,5 +366,7 @@ def _bar(total: int) -> Any:
     try:
         tqdm = importlib.import_module("tqdm.auto")
     except ImportError as error:
-        raise ImportError("TreeSampler.run: progress=True needs tqdm; pip install 'fastcifar[progress]'") from error
+        raise ImportError(
+            "TreeSampler.run: expected tqdm for progress=True (pip install 'fastcifar[progress]')"
+        ) from error
     return tqdm.tqdm(total=total, desc="tree", unit="descent")
