@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +77,8 @@ class TreeSampler:
         widening: (C, alpha), C > 0 and 0 <= alpha <= 1. Default (1, 0.5).
         max_children: of one node. Default None, no limit.
         width: how many children an expansion makes. Default 1.
+        noiseless: the levels t (T...1) whose transition is deterministic, so that a second child would be the first
+            again and none is made. Default none; a table knows its own.
         trees: how many trees. Default 1.
         descents: how many descents of a tree share a round. Default 1.
         prior: ``prior(n, generator) -> x_T``, ``[n, *shape]``. Default: standard normal in ``dtype`` on ``device``,
@@ -115,6 +117,7 @@ class TreeSampler:
         widening: tuple[float, float] = (1.0, 0.5),
         max_children: int | None = None,
         width: int = 1,
+        noiseless: Collection[int] = (),
         trees: int = 1,
         descents: int = 1,
         prior: Callable[[int, torch.Generator], Tensor] | None = None,
@@ -136,6 +139,7 @@ class TreeSampler:
             if steps not in (None, len(step.table)):
                 raise ValueError(f"TreeSampler: expected steps to be the table's {len(step.table)}, got {steps}")
             steps, scale = len(step.table), step.table.init_scale
+            noiseless = {*noiseless, *(steps - i for i, noisy in enumerate(step.table.noisy.tolist()) if not noisy)}
         if selection not in SELECTIONS:
             raise ValueError(f"TreeSampler: expected selection to be one of {', '.join(SELECTIONS)}; got {selection!r}")
         counts = {"steps": steps, "width": width, "trees": trees, "descents": descents}
@@ -147,12 +151,23 @@ class TreeSampler:
         if c == 0 or alpha > 1:
             raise ValueError(f"TreeSampler: expected widening (C, alpha) with C > 0 and alpha <= 1, got {widening}")
         assert steps is not None
+        if not all(isinstance(t, int) and 1 <= t <= steps for t in noiseless):
+            raise ValueError(f"TreeSampler: expected noiseless to be levels of 1 to {steps}, got {list(noiseless)}")
         self.shape, self.steps, self.descents, self.selection = tuple(shape), steps, descents, selection
         self._step, self._reward = step, reward
         self._prior = prior or self._normal
         self._dtype, self._device = dtype, torch.device(device)
         self._scale = scale
-        self._forest = Forest(trees, steps + 1, float(lam), float(c_uct), (c, alpha), max_children, width)
+        self._forest = Forest(
+            trees,
+            steps + 1,
+            float(lam),
+            float(c_uct),
+            (c, alpha),
+            max_children,
+            width,
+            [steps + 1 - t for t in noiseless],
+        )
         self._states = [Rows() for _ in range(steps + 2)]  # by depth; of a root there is none
         self._rewards, self._tree_of = Rows(), Rows()  # of each x_0
         self.evaluations = self.calls = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from .. import _library
 from . import tree_reference
 
+FULL = 2**62
 _OWN = ("value", "visits", "taken", "parent", "depth", "start", "count", "row")  # one element a node
 
 
@@ -57,7 +60,8 @@ class Forest:
     """``trees`` trees of ``levels`` transitions from root to leaf, on the CPU.
 
     Every node is a number; the roots are the first ones. A node's element of each vector says: ``value`` (float64),
-    ``visits``, ``taken`` (children, with those that a round under way has yet to make), ``parent`` (-1 of a root),
+    ``visits``, ``taken`` (children, with those that a round under way has yet to make; ``FULL`` more at the depths
+    ``single``, whose nodes are to have one child), ``parent`` (-1 of a root),
     ``depth`` (0 of a root), ``start`` and ``count`` (its children are ``pool[start : start + count]``, in the order in
     which they were made), ``row`` (its place among the states of its depth).
     """
@@ -71,10 +75,13 @@ class Forest:
         widening: tuple[float, float],
         max_children: int | None,
         width: int,
+        single: Sequence[int] = (),
     ) -> None:
         self.trees, self.levels, self.lam, self.c_uct, self.width = trees, levels, lam, c_uct, width
         self._widening, self._most = widening, max_children
         self._allowed = torch.zeros(0, dtype=torch.int64)
+        self._full = torch.zeros(levels + 1, dtype=torch.int64)
+        self._full[list(single)] = FULL
         self.nodes, self.slots = trees, 0
         self.at_depth = torch.zeros(levels + 1, dtype=torch.int64)  # how many nodes; of roots, which have no state, 0
         self._all = {name: torch.zeros(64, dtype=torch.int64) for name in _OWN}
@@ -157,7 +164,7 @@ class Forest:
         new = {
             "value": rewards[branch],
             "visits": torch.ones_like(ids),
-            "taken": inner,
+            "taken": inner + self._full[depth],
             "parent": torch.where(down == 0, leaves[branch], ids - 1),
             "depth": depth,
             "start": self.slots + inner.cumsum(0) - inner,
