@@ -58,8 +58,8 @@ void solver_step_into(Tensor x, OptionalTensor output, OptionalTensor uncond, st
                       OptionalTensor noise, OptionalTensor seed, OptionalTensor coefficients,
                       std::vector<double> numbers, double guidance, double limit, int64_t stream, OptionalTensor x_next,
                       OptionalTensor converted, OptionalTensor corrected);
-void solver_table_step(Tensor ring, OptionalTensor output, OptionalTensor uncond, OptionalTensor noise,
-                       OptionalTensor seed, Tensor table, int64_t step, double guidance, int64_t stream);
+void solver_table_step(Tensor ring, OptionalTensor output, Tensor table, int64_t step, OptionalTensor uncond,
+                       OptionalTensor noise, OptionalTensor seed, double guidance);
 std::tuple<Tensor, Tensor> solver_step_backward(OptionalTensor grad_x_next, OptionalTensor grad_converted,
                                                 OptionalTensor grad_corrected, Tensor x, OptionalTensor output,
                                                 OptionalTensor uncond, std::vector<Tensor> history,

@@ -326,35 +326,3 @@ def test_exit_scores_have_the_same_bits_for_every_instruction_set():
                 for other in others:
                     np.testing.assert_array_equal(first[0], other[0])
                     np.testing.assert_array_equal(first[1], other[1])
-
-
-def _two_levels(widths):
-    """A root with a child for each of ``widths``, which has so many: value, start, count, pool."""
-    rng, n = np.random.default_rng(len(widths)), 1 + len(widths) + sum(widths)
-    count = np.zeros(n, np.int64)
-    count[: 1 + len(widths)] = len(widths), *widths
-    return rng.standard_normal(n), np.cumsum(count) - count, count, np.arange(1, n)
-
-
-@by_isa
-@pytest.mark.parametrize("lam", [0.0, 0.5, 30.0])
-def test_soft_values_equal_the_formula_in_numpy(isa, lam):
-    widths = [1, 2, 7, 8, 9, 255, 256, 257, 600]
-    value, start, count, pool = _two_levels(widths)
-    expected = value.copy()
-    for node in reversed(range(1 + len(widths))):
-        v = expected[start[node] + 1 :][: count[node]]  # the children of all nodes follow one another
-        expected[node] = v.mean() if lam == 0 else v.max() + np.log(np.exp(lam * (v - v.max())).mean()) / lam
-    assert host.tree_soften(isa, value, start, count, pool, lam, np.arange(len(widths), -1, -1))
-    np.testing.assert_allclose(value, expected, rtol=1e-13, atol=1e-13)
-    assert not host.tree_soften(isa, value, start, count, pool[:5], lam, np.arange(1))
-
-
-@by_isa
-def test_draws_of_children_fall_as_their_weights(isa):
-    value, start, count, pool = _two_levels([0] * 300)
-    uniform, leaves = (np.arange(100_000) + 0.5)[:, None] / 100_000, np.empty(100_000, np.int64)
-    host.tree_sample(isa, value, start, count, pool, 1.5, np.zeros(100_000, np.int64), uniform, leaves)
-    shares = np.exp(1.5 * value[1:]) / np.exp(1.5 * value[1:]).sum()
-    np.testing.assert_allclose(np.bincount(leaves - 1, minlength=300) / 100_000, shares, atol=1.01e-5)
-    assert (np.diff(leaves) >= 0).all()

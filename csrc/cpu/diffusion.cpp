@@ -228,8 +228,8 @@ void solver_step_into(Tensor x, OptionalTensor output, OptionalTensor uncond, st
   step.run();
 }
 
-void solver_table_step(Tensor ring, OptionalTensor output, OptionalTensor uncond, OptionalTensor noise,
-                       OptionalTensor seed, Tensor table, int64_t step, double guidance, int64_t stream) {
+void solver_table_step(Tensor ring, OptionalTensor output, Tensor table, int64_t step, OptionalTensor uncond,
+                       OptionalTensor noise, OptionalTensor seed, double guidance) {
   const char* const op = "solver_table_step";
   constexpr int64_t kColumns = kCoefficients + 3;
   FC_CHECK(ring.is_cpu() && ring.is_contiguous() && ring.dim() >= 1 && ring.size(0) >= 1 &&
@@ -266,7 +266,7 @@ void solver_table_step(Tensor ring, OptionalTensor output, OptionalTensor uncond
   if (noise) p.noise = keep(noise, "noise");
   p.draws = seed.has_value();
   if (seed) p.seed = seed_of(op, *seed);
-  p.step = uint64_t(stream);
+  p.step = uint64_t(step);
   for (int r = 0; r < kRows; ++r)
     for (int t = 0; t < kTerms; ++t) {
       if (row[r * kTerms + t] == 0) continue;

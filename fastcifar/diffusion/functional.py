@@ -91,11 +91,10 @@ def solver_step(
     op = "solver_step"
     differentiable = (x, output, uncond, noise, coefficients, *history)
     grad = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in differentiable)
-    if not grad and out is None and wanted is None and seed is None and not torch.compiler.is_compiling():
-        if isinstance(x, Tensor) and x.is_cpu and x.dim() and _library.serves(op, x) and not _library.transformed(x):
-            step = _at_once(x, output, history, coefficients, noise, uncond, guidance, limit, stream)
-            if step is not None:
-                return step
+    plain = not grad and out is None and wanted is None and seed is None and not torch.compiler.is_compiling()
+    step = _at_once(x, output, history, coefficients, noise, uncond, guidance, limit, stream) if plain else None
+    if step is not None:
+        return step
     _check_tensors(op, x, output, history, noise, uncond)
     numbers, tensor = _coefficients(op, coefficients, x)
     limit = _number(op, "limit", math.inf if limit is None else limit)
@@ -116,25 +115,36 @@ def solver_step(
     if out is not None:
         return _into(op, out, arguments, given)
     results = _apply(*arguments, mask, *given) if grad else _call(*arguments, mask, given)
-    return Step(*(r if mask >> i & 1 else None for i, r in enumerate(results)))
+    x_next, converted, corrected = (r if mask >> i & 1 else None for i, r in enumerate(results))
+    return Step(x_next, converted, corrected)
 
 
 def _at_once(x, output, history, coefficients, noise, uncond, guidance, limit, stream) -> Step | None:
     """The plain call of the op, which checks for itself; None where it refuses, so that the checks here may say why."""
-    numbers, tensor = [], coefficients
+    if not isinstance(x, Tensor) or not x.is_cpu or not x.dim() or any(h is None for h in history):
+        return None
+    if not _library.serves("solver_step", x) or _library.transformed(x):
+        return None
+    numbers: list[float] = []
+    tensor = coefficients
     if not isinstance(coefficients, Tensor):
         try:
             numbers, tensor = [c for row in coefficients for c in row], None
         except TypeError:
             return None
     try:
-        results = torch.ops.fastcifar.solver_step.default(
-            x, output, uncond, [x if h is None else h for h in history], noise, None, tensor, numbers, guidance,
-            math.inf if limit is None else limit, stream, -1,
+        x_next, converted, corrected = torch.ops.fastcifar.solver_step.default(
+            x, output, uncond, history, noise, None, tensor, numbers, guidance, math.inf if limit is None else limit,
+            stream, -1,
         )  # fmt: skip
     except (RuntimeError, TypeError):
         return None
-    return Step(*(r if r.shape == x.shape else None for r in results))
+    shape = x.shape
+    return Step(
+        x_next if x_next.shape == shape else None,
+        converted if converted.shape == shape else None,
+        corrected if corrected.shape == shape else None,
+    )
 
 
 def _call(x, output, uncond, noise, seed, coefficients, guidance, limit, stream, numbers, wanted, history):
@@ -145,7 +155,8 @@ def _call(x, output, uncond, noise, seed, coefficients, guidance, limit, stream,
     return _reference(x, output, uncond, noise, seed, coefficients, guidance, limit, stream, numbers, history)
 
 
-def _reference(x, output, uncond, noise, seed, coefficients, guidance, limit, stream, numbers, history):
+def _reference(*arguments):
+    x, output, uncond, noise, seed, coefficients, guidance, limit, stream, numbers, history = arguments
     if seed is not None:
         noise = reference.normal_numbers(int(seed), stream, x.numel()).view(x.shape).to(x)
     if coefficients is None:
@@ -273,7 +284,7 @@ def _coefficients(op: str, given: Any, x: Tensor) -> tuple[list[float], Tensor |
         return [], given
     try:
         numbers = [float(c) for row in given for c in row]
-    except TypeError:
+    except (TypeError, ValueError):
         raise TypeError(f"{op}: expected coefficients to be a tensor or rows of numbers, got {given!r}") from None
     if len(numbers) != 3 * len(TERMS) or len(given) != 3:
         raise ValueError(f"{op}: expected three rows of {len(TERMS)} coefficients, got {len(numbers)} numbers")
@@ -502,9 +513,11 @@ class SolverRun:
                 "would read; use solver_step, or torch.no_grad()"
             )
         seed = self._seed if noise is None and self._noisy[index] else None
-        if self._served:
+        if self._served and uncond is None and noise is None and seed is None:
+            torch.ops.fastcifar.solver_table_step.default(self._ring, output, self._table, index)
+        elif self._served:
             torch.ops.fastcifar.solver_table_step.default(
-                self._ring, output, uncond, noise, seed, self._table, index, self.guidance, index
+                self._ring, output, self._table, index, uncond, noise, seed, self.guidance
             )
         else:
             self._step_by_reference(index, output, uncond, noise, seed)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,11 @@ CONVERT, CORRECT, PREDICT = range(3)
 
 
 class Step(NamedTuple):
-    """What a step makes, each like x."""
+    """What a step makes, each like x; None for what is not asked for."""
 
-    x_next: Tensor
-    converted: Tensor
-    corrected: Tensor
+    x_next: Any
+    converted: Any
+    corrected: Any
 
 
 def solver_step(

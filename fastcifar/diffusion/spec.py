@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _sample(size: str, dtype: torch.dtype, device: str, seed: int) -> Inputs:
 
 def _bad(what: str, error: type[Exception], says: str, **arguments: Any) -> BadInput:
     given: dict[str, Any] = dict(zip(("x", "output", "h1", "h2", "noise"), [torch.zeros(2, 3)] * 5, strict=True))
-    return BadInput(what, lambda: given | {"coefficients": DDIM} | arguments, error, says)
+    return BadInput(what, lambda: given | {"coefficients": DDIM} | arguments, error, re.escape(says))
 
 
 SPECS = [
