@@ -4,6 +4,7 @@
 #define FASTCIFAR_ISA avx2
 #define FASTCIFAR_VECTOR_BYTES 32
 #include "../common_kernels.inl"
+#include "../diffusion.inl"
 #include "../earlyexit.inl"
 #include "../fixedpoint.inl"
 #include "../integer_matmul.inl"

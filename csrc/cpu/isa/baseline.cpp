@@ -2,6 +2,7 @@
 #define FASTCIFAR_ISA baseline
 #define FASTCIFAR_VECTOR_BYTES 16
 #include "../common_kernels.inl"
+#include "../diffusion.inl"
 #include "../earlyexit.inl"
 #include "../fixedpoint.inl"
 #include "../integer_matmul.inl"
