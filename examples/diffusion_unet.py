@@ -101,3 +101,10 @@ def load(path: Path = WEIGHTS) -> UNet:
     model = UNet(len(state["stem.weight"]), len(state["shrink.weight"]))
     model.load_state_dict(state)
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def tiles(images: Tensor, columns: int) -> Tensor:
+    """Images in [-1, 1] side by side, uint8 ``[H, W, 3]``, with a line of white between them."""
+    shown = F.pad(((images.clamp(-1, 1) + 1) * 127.5).round().byte(), (0, 1, 0, 1), value=255)
+    rows = shown.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2)  # row, its pixels, column, its pixels, colour
+    return rows.flatten(0, 1).flatten(1, 2)[:-1, :-1]
