@@ -6,17 +6,18 @@ import os
 from pathlib import Path
 
 # And what of a family has files of its own.
-FAMILIES = ["spiking", "packed", "spectral", "fixedpoint", "integer_matmul", "earlyexit"]
+FAMILIES = ["spiking", "packed", "spectral", "fixedpoint", "integer_matmul", "earlyexit", "diffusion", "tree"]
 ISAS = ["baseline", "avx2", "avx512"]
 
 # Raw kernels: no torch, shared by the extension and by the numpy bindings.
 KERNEL_SOURCES = ["csrc/cpu/dispatch.cpp", "csrc/cpu/fft_plan.cpp", *[f"csrc/cpu/isa/{isa}.cpp" for isa in ISAS]]
 EXTENSION_SOURCES = ["csrc/ops.cpp", *[f"csrc/cpu/{family}.cpp" for family in FAMILIES], *KERNEL_SOURCES]
-HOST_SOURCES = ["csrc/host/bindings.cpp"]  # and the objects of KERNEL_SOURCES
+HOST_SOURCES = ["csrc/host/bindings.cpp", "csrc/host/diffusion.cpp"]  # and the objects of KERNEL_SOURCES
 HEADERS = [
     "csrc/butterflies.h",
     "csrc/common.h",
     "csrc/ops.h",
+    "csrc/host/arrays.h",
     "csrc/cpu/types.h",
     "csrc/cpu/dispatch.h",
     "csrc/cpu/vec.h",
@@ -26,6 +27,8 @@ HEADERS = [
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
     "csrc/cpu/cast.inl",  # of fixedpoint
+    "csrc/cpu/normal.inl",  # of diffusion
+    *[f"csrc/cpu/{part}" for part in ("lanes.inl", "power.inl")],  # of earlyexit
     *[f"csrc/cpu/{part}" for part in ("fft.inl", "codelets.inl", "grid.inl")],  # of spectral
 ]
 

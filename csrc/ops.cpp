@@ -62,6 +62,17 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("integer_conv", TORCH_BOX(&fastcifar::integer_conv));
   // earlyexit
   m.impl("exit_decide", TORCH_BOX(&fastcifar::exit_decide));
+  // diffusion
+  m.impl("solver_step", TORCH_BOX(&fastcifar::solver_step));
+  m.impl("solver_step_into", TORCH_BOX(&fastcifar::solver_step_into));
+  m.impl("solver_table_step", TORCH_BOX(&fastcifar::solver_table_step));
+  m.impl("solver_step_backward", TORCH_BOX(&fastcifar::solver_step_backward));
+  m.impl("normal_numbers", TORCH_BOX(&fastcifar::normal_numbers));
+  m.impl("magnitude_quantile", TORCH_BOX(&fastcifar::magnitude_quantile));
+  // diffusion: tree search
+  m.impl("tree_select", TORCH_BOX(&fastcifar::tree_select));
+  m.impl("tree_sample", TORCH_BOX(&fastcifar::tree_sample));
+  m.impl("tree_backup", TORCH_BOX(&fastcifar::tree_backup));
 }
 
 // Importing the file registers the ops above; the module itself is empty.

@@ -49,4 +49,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> exit_decide(Tensor logits, Op
                                                                double threshold, int64_t criterion, double temperature,
                                                                bool strict);
 
+// diffusion
+std::tuple<Tensor, Tensor, Tensor> solver_step(Tensor x, OptionalTensor output, OptionalTensor uncond,
+                                               std::vector<Tensor> history, OptionalTensor noise, OptionalTensor seed,
+                                               OptionalTensor coefficients, std::vector<double> numbers,
+                                               double guidance, double limit, int64_t stream, int64_t wanted);
+void solver_step_into(Tensor x, OptionalTensor output, OptionalTensor uncond, std::vector<Tensor> history,
+                      OptionalTensor noise, OptionalTensor seed, OptionalTensor coefficients,
+                      std::vector<double> numbers, double guidance, double limit, int64_t stream, OptionalTensor x_next,
+                      OptionalTensor converted, OptionalTensor corrected);
+void solver_table_step(Tensor ring, OptionalTensor output, Tensor table, int64_t step, OptionalTensor uncond,
+                       OptionalTensor noise, OptionalTensor seed, double guidance);
+std::tuple<Tensor, Tensor> solver_step_backward(OptionalTensor grad_x_next, OptionalTensor grad_converted,
+                                                OptionalTensor grad_corrected, Tensor x, OptionalTensor output,
+                                                OptionalTensor uncond, std::vector<Tensor> history,
+                                                OptionalTensor noise, OptionalTensor seed, OptionalTensor coefficients,
+                                                std::vector<double> numbers, double guidance, double limit,
+                                                int64_t stream, int64_t wants);
+Tensor normal_numbers(Tensor seed, int64_t stream, int64_t n);
+Tensor magnitude_quantile(Tensor x, double q);
+
+// diffusion: tree search
+Tensor tree_select(Tensor value, Tensor visits, Tensor taken, Tensor start, Tensor count, Tensor pool, Tensor allowed,
+                   Tensor roots, OptionalTensor uniform, int64_t descents, int64_t levels, int64_t width, double lam,
+                   double c_uct);
+Tensor tree_sample(Tensor value, Tensor start, Tensor count, Tensor pool, Tensor roots, Tensor uniform, double lam);
+void tree_backup(Tensor value, Tensor parent, Tensor depth, Tensor start, Tensor count, Tensor pool, Tensor nodes,
+                 double lam);
+
 }  // namespace fastcifar

@@ -97,6 +97,11 @@ def serves(op: str, x: Tensor) -> bool:
     return (op, "cpu" if x.is_cpu else x.device.type) in OWNERS
 
 
+def transformed(t: Tensor) -> bool:
+    """Whether a tensor stands for others (under torch.func), so that it cannot be read."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
 def direct_apply(function: type[torch.autograd.Function]) -> Callable:
     """``function.apply`` without its overhead where nothing but plain eager autograd is active.
 
@@ -178,6 +183,15 @@ for _op, _source in (
     ("fixed_quantize_backward", "fixedpoint"),
     ("integer_conv", "integer_matmul"),
     ("exit_decide", "earlyexit"),
+    ("solver_step", "diffusion"),
+    ("solver_step_into", "diffusion"),
+    ("solver_table_step", "diffusion"),
+    ("solver_step_backward", "diffusion"),
+    ("normal_numbers", "diffusion"),
+    ("magnitude_quantile", "diffusion"),
+    ("tree_select", "tree"),
+    ("tree_sample", "tree"),
+    ("tree_backup", "tree"),
 ):
     torch.library.register_fake(f"{NAMESPACE}::{_op}", getattr(_rules, f"{_op}_fake"), lib=_keep[0])
     if hasattr(_rules, f"{_op}_vmap"):

@@ -269,3 +269,114 @@ def exit_decide_vmap(info, in_dims, logits, thresholds, *rest):
     each = [[t if d is None else t.select(d, i) for i in range(info.batch_size)] for t, d in given]
     results = [torch.ops.fastcifar.exit_decide(*pair, *rest) for pair in zip(*each, strict=True)]
     return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * 5
+
+
+# ---- diffusion -------------------------------------------------------------------------------------------------------
+# A vmapped dimension joins the samples; programs of their own are then one for each sample.
+
+
+def _step_like(x: Tensor) -> Tensor:
+    """Like x where its samples are dense in some order, without gaps between them; else contiguous."""
+    length = x[0].numel() if x.dim() and x.shape[0] else 0
+    if x.is_contiguous() or x.dim() == 0:
+        return torch.empty_like(x)
+    dims = sorted((stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1)
+    expected = 1
+    for stride, size in dims:
+        if stride != expected:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        expected *= size
+    if x.stride(0) < length:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty_strided(x.shape, (length, *x.stride()[1:]))
+
+
+def solver_step_fake(x, output, uncond, history, noise, seed, coefficients, numbers, guidance, limit, stream, wanted):
+    return tuple(_step_like(x) if wanted >> i & 1 else x.new_empty((0,)) for i in range(3))
+
+
+def solver_step_into_fake(*arguments):
+    return None
+
+
+def solver_table_step_fake(*arguments):
+    return None
+
+
+def solver_step_backward_fake(grad_x_next, grad_converted, grad_corrected, x, *rest):
+    *_, coefficients, _, _, _, _, wants = rest
+    like = _step_like(x)
+    count = bin(wants & 1023).count("1")
+    grads = x.new_empty_strided((count, *like.shape), (x.numel(), *like.stride()))
+    programs = coefficients.shape[0] if coefficients is not None and coefficients.dim() == 3 else 1
+    shape = (programs, 3, 11) if wants >> 10 & 1 else (0,)
+    return grads, torch.empty(shape, dtype=torch.float64, device="cpu" if coefficients is None else coefficients.device)
+
+
+def normal_numbers_fake(seed, stream, n):
+    return seed.new_empty((n,), dtype=torch.float32)
+
+
+def magnitude_quantile_fake(x, q):
+    return x.new_empty((x.shape[0],))
+
+
+def _step_vmap(info, in_dims, given, grads=(), grad_dims=()):
+    """The tensors of a step with the mapped dimension joined to the samples, programs for each of them."""
+    x, output, uncond, history, noise, seed, coefficients = given
+    if seed is not None:
+        raise RuntimeError("vmap: noise that is drawn is counted over one tensor; give it as a tensor")
+    size, (x_dim, output_dim, uncond_dim, history_dims, noise_dim, _, coefficients_dim) = info.batch_size, in_dims
+    pairs = [(x, x_dim), (output, output_dim), (uncond, uncond_dim), (noise, noise_dim)]
+    pairs += [*zip(history, history_dims, strict=True), *zip(grads, grad_dims, strict=True)]
+    x, output, uncond, noise, *rest = (None if t is None else _joined(t, d, 0, size) for t, d in pairs)
+    history, grads = rest[: len(history)], rest[len(history) :]
+    if coefficients is not None:
+        inner = coefficients.dim() - (coefficients_dim is not None)
+        rows = _move(coefficients, coefficients_dim, 0, size)
+        assert rows is not None
+        assert x is not None
+        samples = x.shape[0] // size
+        rows = rows[:, None].expand(size, samples, 3, 11) if inner == 2 else rows
+        coefficients = rows.reshape(size * samples, 3, 11)
+    return x, output, uncond, history, noise, coefficients, grads
+
+
+def solver_step_vmap(info, in_dims, x, output, uncond, history, noise, seed, coefficients, *rest):
+    given = (x, output, uncond, history, noise, seed, coefficients)
+    x, output, uncond, history, noise, coefficients, _ = _step_vmap(info, in_dims[:7], given)
+    results = torch.ops.fastcifar.solver_step(x, output, uncond, history, noise, None, coefficients, *rest)
+    made = [r.shape == x.shape for r in results]
+    results = tuple(r.unflatten(0, (info.batch_size, -1)) if m else r for r, m in zip(results, made, strict=True))
+    return results, tuple(0 if m else None for m in made)
+
+
+def solver_step_backward_vmap(info, in_dims, *arguments):
+    grads, given, (*numbers, wants) = arguments[:3], arguments[3:10], arguments[10:]
+    of_rows = given[-1]
+    one_program = of_rows is None or of_rows.dim() - (in_dims[9] is not None) == 2
+    x, output, uncond, history, noise, coefficients, grads = _step_vmap(info, in_dims[3:10], given, grads, in_dims[:3])
+    to_tensors, to_rows = torch.ops.fastcifar.solver_step_backward(
+        *grads, x, output, uncond, history, noise, None, coefficients, *numbers, wants
+    )
+    to_tensors = to_tensors.unflatten(1, (info.batch_size, -1))
+    if not wants >> 10 & 1:
+        return (to_tensors, to_rows), (1, None)
+    to_rows = to_rows.unflatten(0, (info.batch_size, -1))
+    return (to_tensors, to_rows.sum(1, keepdim=True) if one_program else to_rows), (1, 0)
+
+
+# ---- diffusion: tree search ------------------------------------------------------------------------------------------
+# A tree has no vmap rule: more of them are more roots.
+
+
+def tree_select_fake(value, visits, taken, start, count, pool, allowed, roots, uniform, descents, *rest):
+    return roots.new_empty((roots.shape[0], descents))
+
+
+def tree_sample_fake(value, start, count, pool, roots, uniform, lam):
+    return roots.new_empty(roots.shape)
+
+
+def tree_backup_fake(value, parent, depth, start, count, pool, nodes, lam):
+    return None

@@ -63,6 +63,7 @@ def doctor() -> str:
     others = {op: "torch's own ops" for op, _ in _library.OWNERS}
     families = {op: spec.family for spec in all_specs() for op in spec.raw_ops}
     others |= {op: f"the PyTorch reference, fastcifar/{family}/reference.py" for op, family in families.items()}
+    others |= {op: "the CPU, where a tree's numbers stay" for op in others if op.startswith("tree_")}
     for op, other in others.items():
         for device in ("cpu", "cuda"):
             lines.append(f"{op:<28} {device:<7} {_library.OWNERS.get((op, device), other)}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FAMILIES = ("spiking", "spectral", "fixedpoint", "earlyexit")
+FAMILIES = ("spiking", "spectral", "fixedpoint", "earlyexit", "diffusion")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 Inputs = dict[str, Tensor]

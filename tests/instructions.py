@@ -29,8 +29,9 @@ LIF = 3  # kLIFTimes: tau is a power of two
 PARTS = "forward_blocks|backward_blocks|surrogate_row|read_row|write_row|write_spikes|write_bytes"
 PARTS += "|spectral_gate|spectral_backward|spectral_reduce|fft"
 PARTS += "|forward_row|backward_row|integer_product_best|integer_depthwise|few_classes|many_classes|decide"
+PARTS += "|solver_step|solver_step_backward"
 GRIDS = ((8, 8), (14, 14), (32, 32), (11, 15))  # of every kind of plan one
-KERNEL = re.compile(rf"^\s*([\d,]+).*?(\w+::(?:{PARTS})<.+>)\(", re.M)
+KERNEL = re.compile(rf"^\s*([\d,]+).*?(\w+::(?:(?:{PARTS})<.+>|normal))\(", re.M)
 
 
 def run() -> None:
@@ -69,6 +70,23 @@ def run() -> None:
             score, lists = np.empty(1024, np.float32), [np.empty(1024, np.int64) for _ in range(3)]
             for criterion in range(4):
                 _host.exit_decide(isa, "float32", logits, 0.3, criterion, score, *lists)
+        diffusion(isa, x.ravel(), half.ravel())
+
+
+def diffusion(isa: str, x, half) -> None:
+    """DPM-Solver++ of second order and a step with every term, given and drawn noise, and a backward."""
+    import numpy as np
+
+    from fastcifar import _host
+
+    multistep, every = np.zeros((3, 11)), np.tri(3, 11, 7)
+    multistep[0, :2], multistep[2, [0, 2, 8]], every[2, 10] = 0.5, 0.5, 0.5
+    for dtype, t in (("float32", x), ("bfloat16", half)):
+        results = [np.empty_like(t) for _ in range(3)]
+        _host.solver_step(isa, dtype, multistep, [t] * 3, [results[0], None, results[2]])
+        _host.solver_step(isa, dtype, every, [t] * 8, results, noise=t, uncond=t, guidance=2.0, limit=1.0)
+        _host.solver_step(isa, dtype, every, [t] * 8, results, seed=1)
+        _host.solver_backward(isa, dtype, every, [t] * 8, [t] * 3, [np.empty_like(t) for _ in range(8)], noise=t)
 
 
 def fixed_point(isa: str, x, rng) -> None:
@@ -100,6 +118,9 @@ def measure() -> dict[str, int]:
         command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--toggle-collect=*_blocks<*"]
         # To the closing bracket: the lambdas in it are no functions to switch at.
         command += ["--toggle-collect=*::spectral_*<float>(fastcifar::SpectralProblem const&, long, long, void*)"]
+        ends = "long, long, float?)"
+        for taken in ("solver_step<*>(fastcifar::StepProblem const&, ", "solver_step_backward<*StepGradients const&, "):
+            command += [f"--toggle-collect=*::{taken}{ends}"]
         names = "cast_items", "integer_product_best", "integer_depthwise", "decide"
         command += [f"--toggle-collect=*::{name}<*" for name in names]
         command += [f"--callgrind-out-file={out}", sys.executable, __file__, "--run"]

@@ -35,7 +35,7 @@ run() {
   LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" "$@" ||
     { status=$?; head -n 60 "$lib"/report.* 2>/dev/null; exit $status; }  # pytest has captured what went to stderr
 }
-run "$tests"/test_{host,spiking,neurons,surrogates,spectral,fixedpoint,fixed_products,earlyexit}.py \
+run "$tests"/test_{host,spiking,neurons,surrogates,spectral,fixedpoint,fixed_products,earlyexit,tree_kernels}.py \
   -k "${SELECT:-not inductor and not spikingjelly and not snntorch and not peer and not environment}"
 # Of the matrix what reaches a kernel in another way than these do: threads, empty and single sizes, NaN and infinity.
 run "$tests/conformance.py" -k "threads or thread_count or small or infinity"

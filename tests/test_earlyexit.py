@@ -96,15 +96,17 @@ def _exact_scores(z, criterion):
     return -z.logsumexp(1)
 
 
-@pytest.mark.parametrize("classes", [3, 10, 32, 33, 100, 1000])
+@pytest.mark.parametrize("classes", [3, 10, 32, 33, 100, 1000, 5000])
 def test_first_of_equal_logits_wins(classes, each_isa):
-    """Ties within a lane, over lanes, over registers and over blocks of 64 bytes; a tie's margin is 0."""
-    places = sorted({0, 1, classes // 2, classes - 2, classes - 1, min(16, classes - 1), min(17, classes - 1)})
+    """Ties within a lane, over lanes, over registers, over blocks of 64 bytes and over segments of 4096; a tie's
+    margin is 0, and both of it count in the sum."""
+    places = sorted({0, 1, classes // 2, classes - 2, *(min(p, classes - 1) for p in (16, 17, 4095, 4096, classes))})
     pairs = [(a, b) for a in places for b in places if a < b]
     logits = torch.full((len(pairs), classes), -1.0)
     for row, pair in enumerate(pairs):
         logits[row, list(pair)] = 2.0
     first = torch.tensor([a for a, _ in pairs])
+    total = 2 + (classes - 2) * math.exp(-3)
 
     def check(_):
         for x in (logits, logits.double(), logits.bfloat16()):
@@ -113,6 +115,9 @@ def test_first_of_equal_logits_wins(classes, each_isa):
             assert (decision.score == 0).all()
             assert decision.n_keep == 0
             assert exit_decide(x, 0.0, "margin", strict=True).n_keep == len(pairs)
+            confidence = exit_decide(x, 0.0).score.double()
+            # To 1e-5: equal terms round alike, addition by addition. A class too many or too few is 4e-3.
+            torch.testing.assert_close(confidence, torch.full_like(confidence, total).reciprocal(), rtol=1e-5, atol=0)
 
     _isas(each_isa, check)
 

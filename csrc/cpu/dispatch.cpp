@@ -36,6 +36,8 @@ FC_TABLES(packed_kernels, PackedKernels)
 FC_TABLES(spectral_kernels, SpectralKernels)
 FC_TABLES(fixedpoint_kernels, FixedPointKernels)
 FC_TABLES(exit_kernels, ExitKernels)
+FC_TABLES(diffusion_kernels, DiffusionKernels)
+FC_TABLES(tree_kernels, TreeKernels)
 
 Isa best_isa() {
 #if defined(__x86_64__)

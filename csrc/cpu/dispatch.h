@@ -1,12 +1,14 @@
 // Which instruction set serves the raw kernels: the best one the machine has, unless FASTCIFAR_CPU_ISA names another.
 #pragma once
 #include "common_kernels.h"
+#include "diffusion.h"
 #include "earlyexit.h"
 #include "fixedpoint.h"
 #include "integer_matmul.h"
 #include "packed.h"
 #include "spectral.h"
 #include "spiking.h"
+#include "tree.h"
 
 namespace fastcifar {
 
@@ -29,5 +31,7 @@ const PackedKernels& packed_kernels(Isa isa);
 const SpectralKernels& spectral_kernels(Isa isa);
 const FixedPointKernels& fixedpoint_kernels(Isa isa);
 const ExitKernels& exit_kernels(Isa isa);
+const DiffusionKernels& diffusion_kernels(Isa isa);
+const TreeKernels& tree_kernels(Isa isa);
 
 }  // namespace fastcifar

@@ -13,7 +13,7 @@ enum Criterion : int { kConfidence = 0, kEntropy = 1, kMargin = 2, kEnergy = 3, 
 // Up to this many classes, rows lie in the lanes of a register; of more, classes do.
 constexpr int64_t kFewClasses = 32;
 // Rows that are decided together. Chunks of rows begin at multiples of it.
-constexpr int64_t kExitRows = 16;
+constexpr int64_t kExitRows = 32;
 
 struct ExitProblem {
   const void* logits = nullptr;  // [rows, classes], classes adjacent

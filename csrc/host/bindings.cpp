@@ -3,51 +3,15 @@
 //
 // Sequences are C-contiguous [T, N]; the element type is given by name, because numpy has no bfloat16 ("bfloat16" is
 // passed as uint16).
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <optional>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
-#include "../cpu/dispatch.h"
-
-namespace py = pybind11;
+#include "arrays.h"
 
 namespace fastcifar {
 namespace {
-
-const char* const kIsaNames[kIsas] = {"baseline", "avx2", "avx512"};
-const char* const kDTypeNames[kDTypes] = {"float32", "float64", "bfloat16", "float16"};
-constexpr int64_t kItemSize[kDTypes] = {4, 8, 2, 2};
-
-template <int n>
-int index_of(const char* const (&names)[n], const std::string& name, const char* what) {
-  for (int i = 0; i < n; ++i)
-    if (name == names[i]) return i;
-  throw py::value_error(std::string("unknown ") + what + " '" + name + "'");
-}
-
-Isa isa_of(const std::string& name) {
-  const int isa = index_of(kIsaNames, name, "instruction set");
-  if (isa > best_isa()) throw py::value_error("this machine does not execute " + name);
-  return Isa(isa);
-}
-
-using Array = std::optional<py::array>;
-
-void* data_of(const Array& a, int64_t elements, int64_t item, const char* name) {
-  if (!a) return nullptr;
-  if (!(a->flags() & py::array::c_style) || a->itemsize() != item || a->size() != elements)
-    throw py::value_error(std::string("expected ") + name + " to be C-contiguous with " + std::to_string(elements) +
-                          " elements of " + std::to_string(item) + " bytes");
-  return const_cast<void*>(a->data());
-}
 
 struct Host {
   NeuronProblem problem;
@@ -78,7 +42,7 @@ struct Host {
   }
   void run(NeuronKernel const (&kernels)[2][kNeurons], bool backward) const {
     const ScratchPlan plan(problem, backward, state_item);
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, plan.bytes), &std::free);
+    const auto scratch = scratch_of(plan.bytes);
     kernels[problem.storage == kFloat64][problem.neuron](problem, 0, problem.blocks(), scratch.get());
   }
 };
@@ -147,8 +111,7 @@ struct HostGrid {
     return {data_of(a, like.size(), kItemSize[dtype], name), like.shape(1) * row, row, like.shape(3), dtype};
   }
   void run(SpectralKernel kernel, int64_t items) const {
-    const int64_t bytes = (kernels.scratch_bytes(problem, is_double) + 63) / 64 * 64;
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), &std::free);
+    const auto scratch = scratch_of(kernels.scratch_bytes(problem, is_double));
     kernel(problem, 0, items, scratch.get());
   }
 };
@@ -210,10 +173,7 @@ void integer_conv(const std::string& isa, py::array x, py::array weight, py::arr
   p.block = std::max<int64_t>(INT32_MAX / std::max<int64_t>(product, 1), 2) / 2 * 2;
   const bool wide = out.itemsize() == 8;
   if (p.is_depthwise()) return kernels.depthwise[wide](p, 0, p.rows());
-  const auto memory = [](int64_t bytes) {
-    return std::unique_ptr<void, decltype(&std::free)>(std::aligned_alloc(64, (bytes + 63) / 64 * 64), &std::free);
-  };
-  const auto packed = memory(kernels.packed_pairs(p) * 4), scratch = memory(kernels.scratch_bytes(p));
+  const auto packed = scratch_of(kernels.packed_pairs(p) * 4), scratch = scratch_of(kernels.scratch_bytes(p));
   p.packed = (int32_t*)packed.get();
   kernels.pack(p, 0, kernels.blocks(p));
   const int64_t tiles = (p.rows() + kernels.tile_rows - 1) / kernels.tile_rows;
@@ -245,8 +205,7 @@ double fixed_cast(const std::string& isa, const std::string& dtype, py::array x,
   p.casts = is_double ? (const void*)&twice : &single;
   std::vector<double> sums(p.items());
   p.partial = sums.data();
-  const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, kCastScratch * kCastBlock * 8),
-                                                            &std::free);
+  const auto scratch = scratch_of(kCastScratch * kCastBlock * 8);
   const FixedPointKernels& kernels = fixedpoint_kernels(isa_of(isa));
   (grad ? kernels.backward : kernels.forward)[is_double](p, 0, p.items(), scratch.get());
   double sum = 0;
@@ -290,6 +249,37 @@ int64_t exit_decide(const std::string& isa, const std::string& dtype, py::array 
   p.exits = (int64_t*)data_of(exits, p.rows, 8, "exits");
   p.keeps = (int64_t*)data_of(keeps, p.rows, 8, "keeps");
   return exit_kernels(isa_of(isa)).decide[d](p, 0, p.rows);
+}
+
+TreeProblem tree_of(py::array value, py::array start, py::array count, py::array pool, double lam) {
+  TreeProblem p;
+  p.nodes = value.size();
+  p.slots = pool.size();
+  p.value = (const double*)data_of(value, p.nodes, 8, "value");
+  p.start = (const int64_t*)data_of(start, p.nodes, 8, "start");
+  p.count = (const int64_t*)data_of(count, p.nodes, 8, "count");
+  p.pool = (const int64_t*)data_of(pool, p.slots, 8, "pool");
+  p.lam = lam;
+  return p;
+}
+
+void tree_sample(const std::string& isa, py::array value, py::array start, py::array count, py::array pool, double lam,
+                 py::array roots, py::array uniform, py::array leaves) {
+  TreeProblem p = tree_of(value, start, count, pool, lam);
+  if (uniform.ndim() != 2) throw py::value_error("expected uniform [draws, levels]");
+  const int64_t draws = uniform.shape(0);
+  p.levels = uniform.shape(1);
+  const int64_t* root = (const int64_t*)data_of(roots, draws, 8, "roots");
+  const double* numbers = (const double*)data_of(uniform, uniform.size(), 8, "uniform");
+  int64_t* leaf = (int64_t*)data_of(leaves, draws, 8, "leaves");
+  for (int64_t i = 0; i < draws; ++i) leaf[i] = tree_kernels(isa_of(isa)).descend(p, root[i], numbers + i * p.levels);
+}
+
+bool tree_soften(const std::string& isa, py::array value, py::array start, py::array count, py::array pool, double lam,
+                 py::array nodes) {
+  const TreeProblem p = tree_of(value, start, count, pool, lam);
+  const int64_t* given = (const int64_t*)data_of(nodes, nodes.size(), 8, "nodes");
+  return tree_kernels(isa_of(isa)).soften(p, (double*)value.mutable_data(), given, nodes.size());
 }
 
 void convert(const std::string& isa, const std::string& dtype, bool widen, py::array from, py::array to) {
@@ -339,8 +329,13 @@ PYBIND11_MODULE(_host, m) {
   m.def("log", &log, "isa"_a, "dtype"_a, "x"_a, "out"_a, "Of positive normal numbers.");
   m.def("exit_decide", &exit_decide, "isa"_a, "dtype"_a, "logits"_a, "threshold"_a, "criterion"_a, "score"_a,
         "prediction"_a, "exits"_a, "keeps"_a, "Writes scores, predictions and both lists; returns how many are kept.");
+  m.def("tree_sample", &tree_sample, "isa"_a, "value"_a, "start"_a, "count"_a, "pool"_a, "lam"_a, "roots"_a,
+        "uniform"_a, "leaves"_a, "Ends of Boltzmann descents; -1 where the arrays are not a tree.");
+  m.def("tree_soften", &tree_soften, "isa"_a, "value"_a, "start"_a, "count"_a, "pool"_a, "lam"_a, "nodes"_a,
+        "Soft values of these nodes in place, in their order; False where the arrays are not a tree.");
   m.def("convert", &convert, "isa"_a, "dtype"_a, "widen"_a, "from_"_a, "to"_a,
         "Between float32 and bfloat16 or float16 bits (uint16).");
+  bind_diffusion(m);
 }
 
 }  // namespace fastcifar

@@ -16,8 +16,9 @@ whose update this contains; that published samplers are linear in x and outputs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ CONVERT, CORRECT, PREDICT = range(3)
 
 
 class Step(NamedTuple):
-    """What a step makes, each like x."""
+    """What a step makes, each like x; None for what is not asked for."""
 
-    x_next: Tensor
-    converted: Tensor
-    corrected: Tensor
+    x_next: Any
+    converted: Any
+    corrected: Any
 
 
 def solver_step(
@@ -61,7 +62,8 @@ def solver_step(
         total = torch.zeros_like(x, dtype=dtype)
         for c, term in zip(row, terms, strict=False):
             if term is not None:
-                total = total + torch.where(c == 0, torch.zeros_like(term), c * term)
+                # Not where(c == 0, 0, c * term): a coefficient of 0 has a derivative, too.
+                total = total + c * torch.where((c == 0) & ~term.isfinite(), 0.0, term)
         return total
 
     converted = combine(rows[CONVERT], terms)
@@ -70,3 +72,42 @@ def solver_step(
     corrected = combine(rows[CORRECT], [*terms, converted])
     x_next = combine(rows[PREDICT], [*terms, converted, corrected, None if noise is None else noise.to(dtype)])
     return Step(x_next.to(x.dtype), converted.to(x.dtype), corrected.to(x.dtype))
+
+
+def normal_numbers(seed: int, stream: int, n: int) -> Tensor:
+    """Numbers 0 to n - 1 of a stream of standard normal numbers, float32: Philox 4x32-7, then Box and Muller.
+
+    Number ``64 b + 16 j + c`` is made of the words of counter ``16 b + c``: cosine and sine of words 0 and 1 for j = 0
+    and 1, of words 2 and 3 for j = 2 and 3.
+    """
+    blocks = (n + 63) // 64
+    counter = torch.arange(16 * blocks)
+
+    def multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+        low, high = (a & 0xFFFF) * b, (a >> 16) * b
+        return (high + (low >> 16)) >> 16, (low + (high << 16)) & 0xFFFFFFFF
+
+    w0, w1 = counter & 0xFFFFFFFF, counter >> 32
+    w2, w3 = torch.full_like(w0, stream & 0xFFFFFFFF), torch.full_like(w0, stream >> 32 & 0xFFFFFFFF)
+    k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    for _ in range(7):
+        high0, low0 = multiply(w0, 0xD2511F53)
+        high1, low1 = multiply(w2, 0xCD9E8D57)
+        w0, w1, w2, w3 = high1 ^ w1 ^ k0, low1, high0 ^ w3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+
+    def pair(first: Tensor, second: Tensor) -> list[Tensor]:
+        u = ((first >> 9).double() + 0.5) * 2.0**-23
+        turn = second >> 8
+        quarter, part = turn >> 22, (turn & 0x3FFFFF) - 0x200000
+        angle = (quarter.double() + part.double() * 2.0**-22) * (math.pi / 2)
+        radius = (-2 * u.log()).sqrt()
+        return [radius * angle.cos(), radius * angle.sin()]
+
+    numbers = torch.stack([*pair(w0, w1), *pair(w2, w3)])  # [4, counters]
+    return numbers.view(4, blocks, 16).transpose(0, 1).reshape(-1)[:n].float()
+
+
+def magnitude_quantile(x: Tensor, q: float) -> Tensor:
+    """The quantile q of the magnitudes of each row of ``[B, n]``."""
+    return torch.quantile(x.abs(), q, dim=1) if x.shape[0] else x.new_empty(0)

@@ -44,10 +44,11 @@ class SolverTable:
         limit: ``converted`` is clamped to -limit...limit; None for no clamp.
         init_scale: what standard normal noise is multiplied by to start from.
         name: for tables and plots.
+        preloaded: slots that hold something before the first step, such as the image that a sampler is conditioned on.
 
     Raises:
         ValueError: a shape is not as described, a coefficient is not finite, a row uses what does not exist yet, or a
-            slot is read that no step has written.
+            slot is read that no step has written and that is not preloaded.
     """
 
     coefficients: Tensor
@@ -57,6 +58,7 @@ class SolverTable:
     limit: float | None = None
     init_scale: float = 1.0
     name: str = "solver"
+    preloaded: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         steps = len(self.coefficients)
@@ -78,7 +80,9 @@ class SolverTable:
                 raise ValueError("SolverTable: expected converted to use inputs only, and corrected no noise")
         if self.store.numel() and not 0 <= int(self.store.min()) <= int(self.store.max()) <= HISTORY:
             raise ValueError(f"SolverTable: expected slots of 1 to {HISTORY}, or 0 for none, got {self.store.tolist()}")
-        written: set[int] = set()
+        if not all(1 <= slot <= HISTORY for slot in self.preloaded):
+            raise ValueError(f"SolverTable: expected preloaded slots of 1 to {HISTORY}, got {self.preloaded}")
+        written = set(self.preloaded)
         for step in range(steps):
             read = {i for i in range(1, HISTORY + 1) if bool(self.coefficients[step, :, 1 + i].any())}
             if not read <= written:
@@ -94,7 +98,7 @@ class SolverTable:
     @property
     def slots(self) -> int:
         """How many history slots the table uses."""
-        return int(self.store.max()) if len(self) else 0
+        return max([*self.store.flatten().tolist(), *self.preloaded], default=0)
 
     @property
     def evaluates(self) -> Tensor:
@@ -111,6 +115,7 @@ class SolverTable:
         fields = ("coefficients", "store", "timesteps", "scale")
         record = {name: getattr(self, name).tolist() for name in fields}
         record |= {"limit": self.limit, "init_scale": self.init_scale, "name": self.name}
+        record["preloaded"] = list(self.preloaded)
         Path(path).write_text(json.dumps(record))
 
     @classmethod
@@ -120,4 +125,5 @@ class SolverTable:
         for name in ("coefficients", "timesteps", "scale"):
             record[name] = torch.tensor(record[name], dtype=torch.float64)
         record["store"] = torch.tensor(record["store"], dtype=torch.int64)
+        record["preloaded"] = tuple(record.get("preloaded", ()))
         return cls(**record)
