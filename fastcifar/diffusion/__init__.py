@@ -4,25 +4,41 @@ from .deediff import DeeDiffLoss, UncertaintyHead, layer_loss, uncertainty_loss,
 from .diffusevae import diffusevae_loss, diffusevae_noise, diffusevae_sample, diffusevae_table, guidance_of_weight
 from .functional import SolverRun, Step, dynamic_threshold, normal_numbers, solver_step
 from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
+from .one_step import ddim, ddpm, euler, euler_ancestral, heun
+from .pseudo_numerical import ipndm, pndm
+from .sampling import Thresholding, sample
+from .schedule import CosineVP, DiscreteVP, EDMSchedule, FlowSchedule, LinearVP, Schedule, exploding
 from .shifted import shifted_table
+from .solvers import SOLVERS, deis, dpm_solver, dpm_solver_singlestep, lms, solver_table, unipc
 from .table import Points, SolverTable
 from .tree import TableStep, TreeSampler, TreeSamples
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
+from .usf import Corrector, Decision, load_decisions, save_decisions, usf
 from .uvit import UViT, UViTOutputs, UViTResult
 from .vae import DiffuseVAE, DiffuseVAEResult, ImageVAE
 
 __all__ = [
+    "SOLVERS",
+    "Corrector",
+    "CosineVP",
+    "Decision",
     "DeeDiffLoss",
     "DiffuseVAE",
     "DiffuseVAEResult",
+    "DiscreteVP",
+    "EDMSchedule",
+    "FlowSchedule",
     "ImageVAE",
+    "LinearVP",
     "Points",
     "Poisoned",
+    "Schedule",
     "SolverRun",
     "SolverTable",
     "Step",
     "TableStep",
+    "Thresholding",
     "TreeSampler",
     "TreeSamples",
     "Trigger",
@@ -31,22 +47,38 @@ __all__ = [
     "UViTOutputs",
     "UViTResult",
     "UncertaintyHead",
+    "ddim",
+    "ddpm",
+    "deis",
     "detect_trojan",
     "diffusevae_loss",
     "diffusevae_noise",
     "diffusevae_sample",
     "diffusevae_table",
+    "dpm_solver",
+    "dpm_solver_singlestep",
     "dynamic_threshold",
+    "euler",
+    "euler_ancestral",
+    "exploding",
     "guidance_of_weight",
+    "heun",
     "invert_trigger",
+    "ipndm",
     "layer_loss",
+    "lms",
+    "load_decisions",
     "lowdiff_loss",
     "lowdiff_pair",
     "lowdiff_sample",
     "normal_numbers",
+    "pndm",
     "poison",
+    "sample",
+    "save_decisions",
     "shifted_table",
     "solver_step",
+    "solver_table",
     "trigger_score",
     "trojan_loss",
     "trojan_noise",
@@ -55,5 +87,7 @@ __all__ = [
     "trojan_table",
     "uncertainty_loss",
     "uncertainty_target",
+    "unipc",
     "upsample_into",
+    "usf",
 ]
