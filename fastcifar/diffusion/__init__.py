@@ -2,12 +2,18 @@
 
 from .deediff import DeeDiffLoss, UncertaintyHead, layer_loss, uncertainty_loss, uncertainty_target
 from .diffusevae import diffusevae_loss, diffusevae_noise, diffusevae_sample, diffusevae_table, guidance_of_weight
+from .found import FoundSchedule
 from .functional import SolverRun, Step, dynamic_threshold, normal_numbers, solver_step
 from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
+from .mixture import GaussianMixture, vp_linear
 from .one_step import ddim, ddpm, euler, euler_ancestral, heun
+from .predictor import SchedulePredictor
 from .pseudo_numerical import ipndm, pndm
 from .sampling import Thresholding, sample
 from .schedule import CosineVP, DiscreteVP, EDMSchedule, FlowSchedule, LinearVP, Schedule, exploding
+from .search import search_schedule
+from .search_result import SearchResult, Trial
+from .search_space import Candidate, SearchSpace
 from .shifted import shifted_table
 from .solvers import SOLVERS, deis, dpm_solver, dpm_solver_singlestep, lms, solver_table, unipc
 from .table import Points, SolverTable
@@ -20,6 +26,7 @@ from .vae import DiffuseVAE, DiffuseVAEResult, ImageVAE
 
 __all__ = [
     "SOLVERS",
+    "Candidate",
     "Corrector",
     "CosineVP",
     "Decision",
@@ -29,11 +36,16 @@ __all__ = [
     "DiscreteVP",
     "EDMSchedule",
     "FlowSchedule",
+    "FoundSchedule",
+    "GaussianMixture",
     "ImageVAE",
     "LinearVP",
     "Points",
     "Poisoned",
     "Schedule",
+    "SchedulePredictor",
+    "SearchResult",
+    "SearchSpace",
     "SolverRun",
     "SolverTable",
     "Step",
@@ -41,6 +53,7 @@ __all__ = [
     "Thresholding",
     "TreeSampler",
     "TreeSamples",
+    "Trial",
     "Trigger",
     "TrojanReport",
     "UViT",
@@ -76,6 +89,7 @@ __all__ = [
     "poison",
     "sample",
     "save_decisions",
+    "search_schedule",
     "shifted_table",
     "solver_step",
     "solver_table",
@@ -90,4 +104,5 @@ __all__ = [
     "unipc",
     "upsample_into",
     "usf",
+    "vp_linear",
 ]
