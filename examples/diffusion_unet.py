@@ -8,15 +8,19 @@ an image, and one class more that means "any", so guidance can push it away from
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-STEPS, CLASSES = 1000, 10
+from fastcifar.diffusion import DiscreteVP
+
+CLASSES = 10
 ANY = CLASSES  # the label of an image whose class is not said
-SIGNAL = torch.cumprod(1 - torch.linspace(1e-4, 0.02, STEPS, dtype=torch.float64), 0)  # alpha^2 of each step
+SCHEDULE = DiscreteVP.linear()
+SIGNAL = SCHEDULE.alpha(torch.arange(len(SCHEDULE))).square()  # the share of the image's variance at each step
 WEIGHTS = Path(__file__).parent / "weights" / "diffusion_unet.pt"
 
 
@@ -87,6 +91,21 @@ class UNet(nn.Module):
         for block in self.up:
             x = block(x, embedding)
         return F.pixel_shuffle(self.head(F.silu(self.norm(x))), 2)
+
+
+class Guided:
+    """The denoiser of ``labels``, as samplers call it: v of the class and v of any class, which one batch computes."""
+
+    def __init__(self, model: UNet, labels: Tensor) -> None:
+        self.model, self.labels = model, torch.cat([labels, torch.full_like(labels, ANY)])
+        self.seconds = 0.0
+
+    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        begin = time.perf_counter()
+        both = x.repeat(2, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        output, uncond = self.model(both, t.repeat(2), self.labels).contiguous().chunk(2)
+        self.seconds += time.perf_counter() - begin
+        return output, uncond
 
 
 def save_half(state: dict[str, Tensor], path: Path) -> None:
