@@ -10,7 +10,7 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from fastcifar.diffusion import GaussianMixture, vp_linear
+from fastcifar.diffusion import EDMSchedule, GaussianMixture, LinearVP
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -25,7 +25,7 @@ def uneven() -> GaussianMixture:
 @pytest.mark.parametrize("t", [1.0, 0.3, 1e-3])
 def test_predictions_are_one_another(t: float) -> None:
     mixture, x = uneven(), normal(5, 2, 2, seed=1)
-    alpha, sigma = vp_linear(torch.tensor(t, dtype=torch.float64))
+    alpha, sigma = LinearVP().alpha(t), LinearVP().sigma(t)
     names = ("epsilon", "x0", "v", "flow", "score")
     eps, x0, v, flow, score = (mixture.predict(x, alpha, sigma, name) for name in names)
     torch.testing.assert_close(alpha * x0 + sigma * eps, x, rtol=0, atol=1e-14)
@@ -65,8 +65,7 @@ def test_the_flow_is_dop853s(name: str) -> None:
 
     def slope(t: float, flat: np.ndarray) -> np.ndarray:
         z, beta = torch.from_numpy(flat).view(16, 16), 0.1 + 19.9 * t
-        sigma = vp_linear(torch.tensor(t, dtype=torch.float64))[1]
-        return (0.5 * beta * (model(z, t) / sigma - z)).flatten().numpy()
+        return (0.5 * beta * (model(z, t) / LinearVP().sigma(t) - z)).flatten().numpy()
 
     truth = solve_ivp(slope, (1.0, 1e-3), x.flatten().numpy(), method="DOP853", rtol=1e-11, atol=1e-11).y[:, -1]
     ours = mixture.solve(x, 1.0, 1e-3)
@@ -74,6 +73,18 @@ def test_the_flow_is_dop853s(name: str) -> None:
     # On to no noise at all, and back.
     back = mixture.solve(mixture.solve(ours, 1e-3, 0.0), 0.0, 1e-3)
     torch.testing.assert_close(back, ours, rtol=0, atol=1e-9)
+
+
+def test_schedules_only_rename_the_flow() -> None:
+    """Of one ratio of sigma to alpha, all have the same sample but for its scale."""
+    mixture, edm = uneven(), EDMSchedule()
+    x, alpha = normal(5, 2, 2, seed=1), LinearVP().alpha(0.5)
+    start, end = (float(LinearVP().sigma(t) / LinearVP().alpha(t)) for t in (0.5, 0.1))
+    exploding = mixture.solve(x / alpha, start, end, edm)
+    torch.testing.assert_close(mixture.solve(x, 0.5, 0.1), exploding * LinearVP().alpha(0.1), rtol=1e-9, atol=1e-9)
+    v = mixture.model("v", edm)(x, 2.0)
+    eps, x0 = (mixture.model(name, edm)(x, 2.0) for name in ("epsilon", "x0"))
+    torch.testing.assert_close(v, (eps - 2 * x0) / 5**0.5)
 
 
 def test_samples_are_of_the_mixture() -> None:

@@ -5,7 +5,7 @@ from .diffusevae import diffusevae_loss, diffusevae_noise, diffusevae_sample, di
 from .found import FoundSchedule
 from .functional import SolverRun, Step, dynamic_threshold, normal_numbers, solver_step
 from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
-from .mixture import GaussianMixture, vp_linear
+from .mixture import GaussianMixture
 from .one_step import ddim, ddpm, euler, euler_ancestral, heun
 from .predictor import SchedulePredictor
 from .pseudo_numerical import ipndm, pndm
@@ -104,5 +104,4 @@ __all__ = [
     "unipc",
     "upsample_into",
     "usf",
-    "vp_linear",
 ]

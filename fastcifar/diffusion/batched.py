@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .reference import HISTORY, solver_step
+from .functional import solver_step
+from .reference import HISTORY
 from .table import SolverTable
 
 __all__ = ["run_tables"]

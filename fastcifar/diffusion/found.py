@@ -1,23 +1,22 @@
-"""A schedule that a search found, and the solvers' tables that such decisions stand for."""
+"""A schedule that a search found, and the table that its decisions stand for."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .mixture import Schedule, vp_linear
-from .program import programs
+from .schedule import LinearVP, Schedule
 from .search_space import Candidate
 from .table import Points, SolverTable
+from .usf import usf
 
-__all__ = ["FoundSchedule", "build_tables"]
+__all__ = ["FoundSchedule", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,10 @@ class FoundSchedule:
     error: float
     about: str = ""
 
-    def table(self, schedule: Schedule = vp_linear, prediction: str = "epsilon") -> SolverTable:
-        """The solver, for a model of that prediction under that noise schedule."""
-        return build_tables([self.candidate], schedule, self.start, self.end, prediction)[0]
+    def table(self, schedule: Schedule | None = None, prediction: str = "epsilon") -> SolverTable:
+        """The solver, for :func:`fastcifar.diffusion.sample` with a model of that prediction under that noise schedule.
+        Default ``LinearVP()``."""
+        return table_of(self.candidate, schedule or LinearVP(), self.start, self.end, prediction)
 
     def save(self, path: str | PathLike[str]) -> None:
         """As JSON, every number in full."""
@@ -76,53 +76,33 @@ class FoundSchedule:
         return cls(**record)
 
 
-def log_ratio(schedule: Schedule, times: Tensor) -> Tensor:
-    """``ln(alpha / sigma)`` of times."""
-    alpha, sigma = schedule(times)
-    return (alpha / sigma).log()
-
-
-def points_of(position: Tensor, schedule: Schedule, start: float, end: float) -> Points:
-    """The points ``[C, S + 1]`` of positions ``[C, S]``, which are shares of the way in ``ln(alpha / sigma)``; their
-    times by bisection, for which the schedule need only be monotone."""
-    ends = log_ratio(schedule, torch.tensor([start, end], dtype=torch.float64))
-    if not (bool(torch.isfinite(ends).all()) and ends[0] < ends[1]):
-        raise ValueError(
-            f"search_schedule: expected a start and an end between which alpha / sigma grows and is finite, got "
-            f"{start} and {end}, where its logarithm is {ends[0].item():.4g} and {ends[1].item():.4g}"
-        )
-    wanted = ends[0] + position[:, 1:] * (ends[1] - ends[0])
-    noisy, clean = torch.full_like(wanted, start), torch.full_like(wanted, end)
-    for _ in range(54):
-        middle = (noisy + clean) / 2
-        below = log_ratio(schedule, middle) < wanted
-        noisy, clean = torch.where(below, middle, noisy), torch.where(below, clean, middle)
-    edge = torch.ones_like(position[:, :1])
-    times = torch.cat([edge * start, (noisy + clean) / 2, edge * end], 1)
-    alpha, sigma = schedule(times)
-    return Points(times, alpha, sigma)
-
-
-def build_tables(
-    candidates: Sequence[Candidate], schedule: Schedule, start: float, end: float, prediction: str = "epsilon"
-) -> list[SolverTable]:
-    """The solvers that candidates stand for, for a model of that ``prediction``: those of one build at once.
+def points_of(candidate: Candidate, schedule: Schedule, start: float, end: float) -> Points:
+    """The points of a candidate's positions, which are shares of the way in ``ln(alpha / sigma)``.
 
     Raises:
-        ValueError: ``alpha / sigma`` does not grow from ``start`` to ``end``, or a build needs too many slots.
+        ValueError: ``alpha / sigma`` is 0 or infinite at an end, or does not grow.
     """
-    tables: dict[int, SolverTable] = {}
-    lengths: dict[int, list[int]] = {}
-    for index, candidate in enumerate(candidates):
-        lengths.setdefault(len(candidate), []).append(index)
-    for indices in lengths.values():
-        position = torch.tensor([candidates[i].position for i in indices], dtype=torch.float64)
-        points = points_of(position, schedule, start, end)
-        builds: dict[tuple, list[int]] = {}
-        for row, index in enumerate(indices):
-            builds.setdefault(candidates[index].build, []).append(row)
-        for rows in builds.values():
-            alike = [candidates[indices[row]] for row in rows]
-            made = programs(alike, Points(*(part[rows] for part in points)), prediction)
-            tables.update(zip((indices[row] for row in rows), made, strict=True))
-    return [tables[i] for i in range(len(candidates))]
+    first, last = (float(schedule.lam(t)) for t in (start, end))
+    if not (math.isfinite(first) and math.isfinite(last) and first < last):
+        raise ValueError(
+            f"search_schedule: expected a start and an end between which alpha / sigma grows and is finite, got "
+            f"{start} and {end}, where its logarithm is {first:.4g} and {last:.4g}"
+        )
+    inner = torch.tensor(candidate.position[1:], dtype=torch.float64)
+    ends = torch.tensor([start, end], dtype=torch.float64)
+    times = torch.cat([ends[:1], schedule.time(first + inner * (last - first)), ends[1:]])
+    return Points(times, schedule.alpha(times), schedule.sigma(times))
+
+
+def table_of(
+    candidate: Candidate, schedule: Schedule, start: float, end: float, prediction: str = "epsilon"
+) -> SolverTable:
+    """The solver that a candidate stands for. Raises as :func:`points_of` and :func:`fastcifar.diffusion.usf.usf`."""
+    return usf(
+        points_of(candidate, schedule, start, end),
+        candidate.decisions(),
+        prediction=prediction,
+        first_free=candidate.first_free,
+        scaled=schedule.scaled,
+        name="searched",
+    )

@@ -8,18 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Schedule = Callable[[Tensor], "tuple[Tensor, Tensor]"]
+from .schedule import LinearVP, Schedule
+
+LINEAR = LinearVP()
 PREDICTIONS = ("epsilon", "x0", "v", "flow", "score")
 
-__all__ = ["GaussianMixture", "vp_linear"]
-
-
-def vp_linear(t: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> tuple[Tensor, Tensor]:
-    """``alpha = exp(-t^2 (beta_max - beta_min) / 4 - t beta_min / 2)`` and ``sigma = sqrt(1 - alpha^2)`` of times 0 to
-    1: the variance preserving schedule with linear betas. Source: Song et al., "Score-Based Generative Modeling through
-    Stochastic Differential Equations" (ICLR 2021), whose betas are the defaults."""
-    log_alpha = -0.25 * t * t * (beta_max - beta_min) - 0.5 * t * beta_min
-    return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+__all__ = ["GaussianMixture"]
 
 
 class GaussianMixture:
@@ -100,8 +94,8 @@ class GaussianMixture:
     def predict(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, prediction: str = "epsilon") -> Tensor:
         """The exact prediction for noisy samples ``x`` [B, ...], like x; ``alpha`` and ``sigma`` numbers or ``[B]``.
 
-        ``prediction``: "epsilon" E[eps | x]; "x0"; "v", alpha eps - sigma x0; "flow", eps - x0; "score", -eps / sigma,
-        which is the gradient of the logarithm of the density, also where sigma is 0.
+        ``prediction``: "epsilon" E[eps | x]; "x0"; "v", (alpha eps - sigma x0) / sqrt(alpha^2 + sigma^2); "flow",
+        eps - x0; "score", -eps / sigma, which is the gradient of the logarithm of the density, also where sigma is 0.
 
         Raises:
             ValueError: ``prediction`` is none of these, or a shape does not fit.
@@ -126,14 +120,15 @@ class GaussianMixture:
         else:
             x0 = sigma.square() * centre + alpha * (share @ self.std.square()).unsqueeze(1) * flat
             eps = sigma * slope
-            result = {"epsilon": eps, "x0": x0, "v": alpha * eps - sigma * x0, "flow": eps - x0}[prediction]
+            v = (alpha * eps - sigma * x0) / torch.hypot(alpha, sigma)
+            result = {"epsilon": eps, "x0": x0, "v": v, "flow": eps - x0}[prediction]
         return result.view(x.shape).to(x.dtype)
 
     def model(
-        self, prediction: str = "epsilon", schedule: Schedule = vp_linear
+        self, prediction: str = "epsilon", schedule: Schedule = LINEAR
     ) -> Callable[[Tensor, Tensor | float], Tensor]:
-        """``model(x, t)``, as a sampler calls a denoiser: :meth:`predict` at ``alpha, sigma = schedule(t)``, ``t`` a
-        number or ``[B]``; ``schedule`` is given it as float64."""
+        """``model(x, t)``, as a sampler calls a denoiser: :meth:`predict` at the alpha and sigma of times ``t``, a
+        number or ``[B]``, of a ``schedule`` that is not ``scaled``. Default ``LinearVP()``."""
         if prediction not in PREDICTIONS:
             raise ValueError(
                 f"GaussianMixture: expected prediction to be one of {', '.join(PREDICTIONS)}; got {prediction!r}"
@@ -145,16 +140,15 @@ class GaussianMixture:
         x: Tensor,
         start: float,
         end: float,
-        schedule: Schedule = vp_linear,
+        schedule: Schedule = LINEAR,
         *,
         tolerance: float = 1e-11,
     ) -> Tensor:
         """Where the probability flow ODE takes samples ``x`` [B, ...] of time ``start`` by time ``end``: the truth for
         samplers. ``tolerance`` (1e-11, and measured errors stay below ten times that) is of a step. See
         :meth:`transport`."""
-        times = torch.tensor([start, end], dtype=torch.float64, device=x.device)
-        alpha, sigma = schedule(times)
-        return self.transport(x, *zip(alpha.tolist(), sigma.tolist(), strict=True), tolerance=tolerance)
+        first, last = ((float(schedule.alpha(t)), float(schedule.sigma(t))) for t in (start, end))
+        return self.transport(x, first, last, tolerance=tolerance)
 
     def transport(
         self, x: Tensor, start: tuple[float, float], end: tuple[float, float], *, tolerance: float = 1e-11
@@ -197,8 +191,7 @@ class _Model:
         self.mixture, self.prediction, self.schedule = mixture, prediction, schedule
 
     def __call__(self, x: Tensor, t: Tensor | float) -> Tensor:
-        alpha, sigma = self.schedule(torch.as_tensor(t, dtype=torch.float64, device=x.device))
-        return self.mixture.predict(x, alpha, sigma, self.prediction)
+        return self.mixture.predict(x, self.schedule.alpha(t), self.schedule.sigma(t), self.prediction)
 
 
 def _normal(seed: int, *shape: int) -> Tensor:

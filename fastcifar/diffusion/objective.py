@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .batched import run_tables
-from .found import build_tables, log_ratio
-from .mixture import Schedule
+from .found import table_of
 from .refine import Refined, refine_candidate
+from .schedule import Schedule
 from .search_space import Candidate
 
 __all__ = ["Objective", "Runner"]
@@ -51,7 +51,7 @@ class Objective:
     def samples(self, candidates: Sequence[Candidate]) -> Tensor:
         """``[C, N, ...]``."""
         with torch.no_grad():
-            tables = build_tables(candidates, self.schedule, self.start, self.end, self.prediction)
+            tables = [table_of(c, self.schedule, self.start, self.end, self.prediction) for c in candidates]
             return run_tables(self.model, tables, self.noise)
 
     def residuals(self, candidates: Sequence[Candidate]) -> Tensor:
@@ -79,16 +79,24 @@ class Objective:
         time = self.start + (self.end - self.start) * even
         root = (self.start**0.5 + (self.end**0.5 - self.start**0.5) * even).square()
         curves = [even]
-        first, last = self._lam([self.start, self.end])
-        curves += [(self._lam(t.tolist()) - first) / (last - first) for t in (time, root)]
+        first, last = (self.schedule.lam(t) for t in (self.start, self.end))
+        curves += [(self.schedule.lam(t) - first) / (last - first) for t in (time, root)]
         rho = 7.0
         high, low = (-first / rho).exp(), (-last / rho).exp()
         lam = -rho * (high + (low - high) * even).log()
         curves.append((lam - first) / (last - first))
         return [curve.tolist() for curve in curves]
 
-    def _lam(self, times: Sequence[float]) -> Tensor:
-        return log_ratio(self.schedule, torch.tensor(times, dtype=torch.float64))
+
+class FromScore:
+    """``-sigma score``: the noise that a model of the score predicts. An object, so that it can be pickled."""
+
+    def __init__(self, score: Model, schedule: Schedule) -> None:
+        self.score, self.schedule = score, schedule
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        sigma = self.schedule.sigma(t).to(x.device, x.dtype)
+        return -sigma.view(-1, *[1] * (x.dim() - 1)) * self.score(x, t)
 
 
 _objectives: dict[str, Objective] = {}  # of this process, the last one: a worker unpacks a model once

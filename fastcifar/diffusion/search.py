@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
+from hashlib import sha256
 from os import PathLike
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .mixture import PREDICTIONS, Schedule, vp_linear
-from .objective import Model, Objective, Runner, pool_size
+from .found import points_of
+from .mixture import PREDICTIONS
+from .objective import FromScore, Model, Objective, Runner, pool_size
 from .predictor import SchedulePredictor
 from .refine import DAMPINGS, free_numbers
+from .schedule import LinearVP, Schedule
 from .search_result import SearchResult, SearchState, Trial
 from .search_space import Candidate, SearchSpace
 
@@ -34,9 +38,9 @@ def search_schedule(
     *,
     noise: Tensor,
     prediction: str = "epsilon",
-    schedule: Schedule = vp_linear,
-    start: float = 1.0,
-    end: float = 1e-3,
+    schedule: Schedule | None = None,
+    start: float | None = None,
+    end: float | None = None,
     targets: Tensor | None = None,
     fitness: Callable[[Tensor], float] | None = None,
     space: SearchSpace | None = None,
@@ -70,8 +74,9 @@ def search_schedule(
         noise: standard normal ``[N, ...]`` that the error is taken on; its dtype is the one to compute in. A mean error
             that few samples make large asks for many.
         prediction: what the model gives: "epsilon" (default), "x0", "v", "flow" or "score".
-        schedule: ``schedule(t)`` gives ``alpha, sigma`` of times ``t``. Default: variance preserving, linear.
-        start, end: times between which to go; sigma is not 0 at either. Defaults 1 and 1e-3.
+        schedule: of noise. Default ``LinearVP()``.
+        start, end: times between which to go. Defaults: the schedule's ``first`` and ``last``. ``alpha / sigma`` is
+            neither 0 nor infinite at either.
         targets: where ``noise`` should end, ``[N, ...]``. Default: where a third-order multistep solver takes it in 200
             steps.
         fitness: of the samples ``[N, ...]``, less is better, for instance an FID. Default: the mean over the samples of
@@ -96,7 +101,7 @@ def search_schedule(
 
     Raises:
         ValueError: an argument is not as described; the file of ``state`` is of another search.
-        TypeError: ``space`` is no SearchSpace; the model cannot be sent to another process.
+        TypeError: ``space`` is no SearchSpace or ``schedule`` no Schedule; the model cannot be sent to another process.
 
     Source: Liu et al., "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models" (ICLR
     2024): the decisions, the evolution and the idea of the predictor. The refinement is ours.
@@ -118,10 +123,17 @@ def search_schedule(
     space = SearchSpace() if space is None else space
     if not isinstance(space, SearchSpace):
         raise TypeError(f"search_schedule: expected space to be a SearchSpace, got {type(space).__name__}")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise TypeError(f"search_schedule: expected schedule to be a Schedule, got {type(schedule).__name__}")
     workers = pool_size(executor, workers)
     _check(counts, budget, noise, prediction, targets, fitness, refine, population, batch, workers, threads)
     learner = SchedulePredictor() if predictor is True else predictor or None
-    objective = Objective(model, prediction, schedule, start, end, noise, targets, fitness)
+    schedule = LinearVP() if schedule is None else schedule
+    start, end = schedule.first if start is None else start, schedule.last if end is None else end
+    epsilon = FromScore(model, schedule) if prediction == "score" else None
+    told = (epsilon, "epsilon") if epsilon is not None else (model, prediction)
+    objective = Objective(*told, schedule, start, end, noise, targets, fitness)
+    points_of(_multistep((0.0,), 1, "noise"), schedule, start, end)  # which complains about the ends
     settings = {
         "budget": budget,
         "seed": seed,
@@ -134,8 +146,8 @@ def search_schedule(
         "end": end,
         "space": space.record(),
         "predictor": learner and learner.record(),
-        "noise": list(noise.shape),
-        "dtype": str(noise.dtype),
+        "schedule": type(schedule).__name__,
+        "noise": sha256(noise.detach().cpu().numpy().tobytes()).hexdigest(),
     }
     saved = SearchState.open(state, settings)
     before = torch.get_num_threads()
@@ -291,13 +303,15 @@ class _Search:
 
     def _first(self, room: int) -> list[Candidate]:
         rng, bases = self._rng(0), self.objective.bases()
+        even = np.arange(self.count) / self.count
         first = [
-            _multistep(tuple(np.interp(np.arange(self.count) / self.count, np.linspace(0, 1, 65), base)), order, one)
-            for base in (bases[0], bases[1])
-            for order, one in CLASSICAL
-            if order in self.space.orders and one in self.space.predictions
-        ][: min(room, self.population) // 2]
-        return first + [self.space.draw(self.count, bases, rng) for _ in range(room - len(first))]
+            _multistep(tuple(np.interp(even, np.linspace(0, 1, len(base)), base).tolist()), order, prediction)
+            for base in bases[:2]
+            for order, prediction in CLASSICAL
+            if order in self.space.orders and prediction in self.space.predictions
+        ][: room // 2]
+        drawn = (self.space.draw(self.count, bases, rng) for _ in itertools.count())
+        return first + list(itertools.islice(filter(Candidate.fits, drawn), room - len(first)))
 
     def _children(self, generation: int, room: int) -> list[Candidate]:
         rng = self._rng(generation)
@@ -305,25 +319,25 @@ class _Search:
         # The better a parent is placed, the more children it has.
         share = np.arange(len(parents), 0, -1, dtype=np.float64)
         pool = []
-        for _ in range(8 * room if self.learner else room):
+        for _ in range(8 * room):
             first, second = rng.choice(len(parents), 2, p=share / share.sum())
             pool.append(self.space.child(parents[first].candidate, parents[second].candidate, rng))
         if self.learner is None:
-            return pool
+            return [candidate for candidate in pool if candidate.fits()][:room]
         features = self.space.encode([trial.candidate for trial in self.trials], self.count)
         errors = torch.tensor([trial.error for trial in self.trials], dtype=torch.float64)
         self.learner.fit(features, errors, seed=int(rng.integers(2**31)))
         order = self.learner.score(self.space.encode(pool, self.count)).argsort(stable=True).tolist()
-        trusted = room - room // 4
-        others = rng.permutation(order[trusted:])[: room - trusted].tolist()
-        return [pool[i] for i in order[:trusted] + others]
+        best = list(itertools.islice((i for i in order if pool[i].fits()), room - room // 4))
+        others = (i for i in rng.permutation([i for i in order if i not in best]).tolist() if pool[i].fits())
+        return [pool[i] for i in best + list(itertools.islice(others, room // 4))]
 
     def _refine(self) -> None:
         """Halving: equal parts of what is left for eight, four, two and one candidates."""
         evolved = [trial for trial in self.trials if trial.stage != "refined"]
         saved = [trial for trial in self.trials if trial.stage == "refined"]  # parts of a search that is resumed
         used = evolved[-1].used
-        field = self._finalists(evolved, (self.budget - used) // 4)
+        field = self._finalists(evolved, self.budget - used)
         while field:
             results = saved[: len(field)]
             saved = saved[len(field) :]
@@ -341,16 +355,19 @@ class _Search:
             best = sorted(results, key=lambda trial: trial.error)
             field = best[: len(field) // 2]
 
-    def _finalists(self, trials: Sequence[Trial], share: int) -> list[Trial]:
-        """The best of different build, at most eight, and no more than each can have an iteration."""
+    def _finalists(self, trials: Sequence[Trial], left: int) -> list[Trial]:
+        """The best of different build, at most eight, and no more than can have an iteration each."""
         best: dict[tuple, Trial] = {}
         for trial in sorted(trials, key=lambda trial: trial.error):
             if math.isfinite(trial.error):
                 best.setdefault(trial.candidate.build, trial)
         count = FINALISTS
-        while count and share // count < 1 + max((_iteration(t.candidate) for t in best.values()), default=0):
+        while count:
+            field = list(best.values())[:count]
+            if left // count.bit_length() // count > max((_iteration(t.candidate) for t in field), default=0):
+                return field
             count //= 2
-        return list(best.values())[:count]
+        return []
 
 
 def _iteration(candidate: Candidate) -> int:

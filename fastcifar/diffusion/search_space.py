@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .program import plan
+from .table import Points
+from .usf import Corrector, Decision, usf
 
 PREDICTIONS = ("noise", "data")
 ORDERS = {1: 0.2, 2: 0.4, 3: 0.3, 4: 0.1}
@@ -51,6 +52,36 @@ class Candidate:
     def build(self) -> tuple[tuple[int, ...], tuple[str, ...], tuple[bool, ...], tuple[int, ...], bool]:
         """The decisions that are not numbers: schedules that share them have programs of one shape."""
         return self.order, self.prediction, self.corrector, self.back, self.first_free
+
+    def decisions(self) -> list[Decision]:
+        """USF's, one a step."""
+        made = []
+        for i, back in enumerate(self.back):
+            others = [j for j in range(i, -1, -1) if j != i - back][: self.order[i] - 1]  # later ones first
+            active = (tuple(j - i - 1 for j in others),) * (self.order[i] - 1)
+            again = Corrector(relaxation="linear", coefficient=self.corrector_relaxation[i])
+            made.append(
+                Decision(
+                    self.order[i],
+                    self.prediction[i],
+                    -1 - back,
+                    active,
+                    "linear",
+                    self.relaxation[i],
+                    corrector=again if self.corrector[i] else None,
+                )
+            )
+        return made
+
+    def fits(self) -> bool:
+        """Whether six slots hold what its steps read; most candidates that mix singlesteps, correctors and both
+        predictions do."""
+        sigma = torch.linspace(0.9, 0.1, len(self) + 1, dtype=torch.float64)
+        try:
+            usf(Points(sigma, 1 - sigma, sigma), self.decisions(), first_free=self.first_free)
+        except ValueError:
+            return False
+        return True
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -165,8 +196,7 @@ class SearchSpace:
 
     def valid(self, candidate: Candidate) -> Candidate:
         """The same schedule without what has no effect: a first step of order 1 from its own point, orders that the
-        outputs are there for, positions in order and apart, and no relaxation where there is nothing to relax; and
-        where six slots do not hold what its steps read, multistep, and if need be of one prediction."""
+        outputs are there for, positions in order and apart, and no relaxation where there is nothing to relax."""
         steps = len(candidate)
         position = np.sort(np.clip(np.array(candidate.position[1:]), 0, 1))
         gaps = np.diff(np.concatenate([[0.0], position, [1.0]])).clip(0.1 / steps)
@@ -177,7 +207,7 @@ class SearchSpace:
         back = tuple(min(b, i) if k > 1 else 0 for i, (b, k) in enumerate(zip(candidate.back, order, strict=True)))
         relaxation = tuple(k if o > 1 else 0.0 for k, o in zip(candidate.relaxation, order, strict=True))
         again = tuple(k if on else 0.0 for k, on in zip(candidate.corrector_relaxation, corrector, strict=True))
-        candidate = replace(
+        return replace(
             candidate,
             position=(0.0, *position.tolist()),
             order=order,
@@ -186,9 +216,6 @@ class SearchSpace:
             relaxation=relaxation,
             corrector_relaxation=again,
         )
-        if not _fits(candidate):
-            candidate = replace(candidate, back=(0,) * steps)
-        return candidate if _fits(candidate) else replace(candidate, prediction=candidate.prediction[-1:] * steps)
 
     def encode(self, candidates: Sequence[Candidate], evaluations: int) -> Tensor:
         """What a predictor sees of candidates that call the model ``evaluations`` times, float64 ``[N, F]``: a row of
@@ -236,11 +263,3 @@ class SearchSpace:
             if name != "first_free"
         }
         return Candidate(**parts, first_free=first.first_free)
-
-
-def _fits(candidate: Candidate) -> bool:
-    try:
-        plan(candidate.build)
-    except ValueError:
-        return False
-    return True
