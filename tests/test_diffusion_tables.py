@@ -18,7 +18,7 @@ from fastcifar.diffusion import (
     load_decisions,
     save_decisions,
     solver_table,
-    usf,
+    usf_table,
 )
 from fastcifar.diffusion.expansion import RELAXATIONS, phi, relaxation_factor
 from fastcifar.diffusion.reference import solver_step
@@ -163,7 +163,7 @@ def restated_run(decisions, prediction, alpha, sigma, x, outputs, free):
 def made(points, decisions, prediction, free):
     """The table, or None where a step would need more tensors than there are slots for."""
     try:
-        return usf(points, decisions, prediction=prediction, first_free=free)
+        return usf_table(points, decisions, prediction=prediction, first_free=free)
     except ValueError as error:
         if "expected to keep" not in str(error):
             raise
@@ -245,18 +245,18 @@ POINTS = LinearVP().points(6)
 )
 def test_impossible_decisions_are_sentences(decisions, message):
     with pytest.raises(ValueError, match=message):
-        usf(POINTS, decisions)
+        usf_table(POINTS, decisions)
 
 
 def test_more_than_six_slots_is_a_sentence():
     points = LinearVP().points(9)
     far = [Decision(min(i + 1, 9), corrector=Corrector()) for i in range(9)]
     with pytest.raises(ValueError, match="at most 6 tensors"):
-        usf(points, far)
+        usf_table(points, far)
 
 
 def test_a_free_first_step_calls_no_model():
-    table = usf(POINTS, [Decision(order=min(i + 1, 2)) for i in range(6)], first_free=True)
+    table = usf_table(POINTS, [Decision(order=min(i + 1, 2)) for i in range(6)], first_free=True)
     assert table.evaluates.tolist() == [False] + [True] * 5
 
 
@@ -335,7 +335,7 @@ def test_a_last_sigma_of_0_ends_with_the_data(solver, order, lowered):
 def test_data_of_order_2_to_sigma_0_are_a_sentence():
     points = DiscreteVP.linear().points(3, "trailing")
     with pytest.raises(ValueError, match="step 2: expected some noise after a step of order 2"):
-        usf(points, [Decision(), Decision(2), Decision(2)])
+        usf_table(points, [Decision(), Decision(2), Decision(2)])
 
 
 def test_orders_are_lowered_below_15_steps_only():

@@ -24,7 +24,7 @@ from fastcifar.diffusion import (
     normal_numbers,
     sample,
     solver_table,
-    usf,
+    usf_table,
 )
 
 SOLVERS = ["ddim", "dpm_solver", "dpm_solver_singlestep", "unipc", "deis", "pndm", "ipndm", "lms", "heun", "euler"]
@@ -70,7 +70,7 @@ def test_points_of_schedules():
 
 def test_flow_matching_is_eulers_method():
     points = FlowSchedule().points(8)
-    table = usf(points, [Decision(prediction="flow")] * 8, prediction="flow")
+    table = usf_table(points, [Decision(prediction="flow")] * 8, prediction="flow")
     x = start(dtype=torch.float64)
     expected = x
     for s, t in zip(points.sigma[:-1], points.sigma[1:], strict=True):

@@ -20,7 +20,8 @@ from .table import Points, SolverTable
 from .tree import TableStep, TreeSampler, TreeSamples
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
-from .usf import Corrector, Decision, load_decisions, save_decisions, usf
+from .usf import Corrector, Decision, load_decisions, save_decisions
+from .usf import usf as usf_table  # by its own name it would hide its module
 from .uvit import UViT, UViTOutputs, UViTResult
 from .vae import DiffuseVAE, DiffuseVAEResult, ImageVAE
 
@@ -103,5 +104,5 @@ __all__ = [
     "uncertainty_target",
     "unipc",
     "upsample_into",
-    "usf",
+    "usf_table",
 ]

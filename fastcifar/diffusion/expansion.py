@@ -116,8 +116,8 @@ def _integrals(kind: str, s: Level, t: Level, count: int, where: str) -> tuple[f
     if math.isinf(h):
         if count > 1 and s.alpha > 0:
             raise ValueError(
-                f"{where}: expected some noise after a step of order {count} that expands data, got sigma 0; take order "
-                "1 (lower_order_final)"
+                f"{where}: expected some noise after a step of order {count} that expands data, got sigma 0; take "
+                "order 1 (lower_order_final)"
             )
         # From pure noise all other points are infinitely far away, and lend no slope.
         integrals = [t.alpha, *[0.0] * (count - 1)]

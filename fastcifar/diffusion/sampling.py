@@ -56,9 +56,9 @@ def sample(
     r"""Samples of a diffusion model, by any linear solver: from noise ``x`` over S points to an image.
 
     Args:
-        model: ``model(x, t)`` with t ``[B]`` (float64 where x is, else float32), or whole-numbered where the schedule's
-            times are; what it predicts is ``prediction``. A pair (output, uncond) is combined to ``uncond + guidance
-            (output - uncond)``.
+        model: ``model(x, t)`` with t ``[B]``, float64 where x is, else float32 (whole numbers of a discrete schedule:
+            ``t.long()`` for an embedding table); what it predicts is ``prediction``. A pair (output, uncond) is
+            combined to ``uncond + guidance (output - uncond)``.
         x: standard normal noise ``[B, ...]``, which is multiplied by the table's ``init_scale``; left as it is.
         solver: a name of ``SOLVERS``, whose further ``options`` (order, eta, ...) are its builder's arguments, or a
             :class:`SolverTable`, which says all by itself. Default "dpm_solver" (DPM-Solver++ 2M).

@@ -259,10 +259,10 @@ def usf(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import Decision, Points, usf
+        >>> from fastcifar.diffusion import Decision, Points, usf_table
         >>> sigma = torch.tensor([0.9, 0.6, 0.2], dtype=torch.float64)
         >>> points = Points(torch.tensor([900.0, 500.0, 100.0]), (1 - sigma**2).sqrt(), sigma)
-        >>> table = usf(points, [Decision(), Decision(order=2, relaxation="dpmsolver-2")])
+        >>> table = usf_table(points, [Decision(), Decision(order=2, relaxation="dpmsolver-2")])
         >>> len(table), table.slots
         (2, 1)
     """
