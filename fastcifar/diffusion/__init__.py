@@ -17,7 +17,8 @@ from .search_space import Candidate, SearchSpace
 from .shifted import shifted_table
 from .solvers import SOLVERS, deis, dpm_solver, dpm_solver_singlestep, lms, solver_table, unipc
 from .table import Points, SolverTable
-from .tree import TableStep, TreeSampler, TreeSamples
+from .tree import TreeSampler, TreeSamples
+from .tree_step import TableStep
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
 from .usf import Corrector, Decision, load_decisions, save_decisions
