@@ -5,8 +5,8 @@
     python examples/tree_sampling.py             # more trials, steps and calls
 
 The model is asked for images of any class; the reward is the log-probability that a small classifier
-(diffusion_classifier.py) gives to --target, "ship" unless said otherwise. No gradient of either is used. Three ways spend
-as many model calls in each of several independent trials:
+(diffusion_classifier.py) gives to --target, "ship" unless said otherwise. No gradient of either is used. Three ways
+spend as many model calls in each of several independent trials:
 
     best of n     whole samples that have nothing to do with each other
     DTS           a tree with Boltzmann selection, which draws from p(x) exp(lambda reward)
@@ -16,7 +16,8 @@ Printed, and drawn into examples/output/tree_sampling.png: the best reward so fa
 and its standard error, and each trial's best image. Exit status 1 means that DTS* found less than the best of n by more
 than two standard errors of the difference.
 
-The classifier is small and so is the model: a high reward is not a good picture, but what this classifier takes for one.
+The classifier is small and so is the model: a high reward is not a good picture, only what this classifier takes for
+one.
 """
 
 import argparse
@@ -29,7 +30,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a b
 import diffusion_classifier
 import diffusion_unet
 import torch
-from diffusion_unet import ANY, tiles
+from diffusion_unet import ANY, SCHEDULE, tiles
 from matplotlib.figure import Figure  # not pyplot: this draws to a file, with no display (Agg)
 from rich.console import Console
 from rich.progress import Progress
@@ -37,7 +38,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastcifar.data import CLASSES
-from fastcifar.diffusion import TreeSampler
+from fastcifar.diffusion import TreeSampler, ddim
 
 OUTPUT = Path(__file__).parent / "output" / "tree_sampling.png"
 # An endless number of children at the root: every descent is a sample of its own.
@@ -81,14 +82,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4 trials of 8 steps")
     parser.add_argument("--target", choices=CLASSES, default="ship", help="the class that is rewarded")
-    parser.add_argument("--trials", type=int, help="default: 12; 4 with --quick")
+    parser.add_argument("--trials", type=int, help="default: 8; 4 with --quick")
     parser.add_argument("--steps", type=int, help="from noise to an image (default: 16; 8 with --quick)")
-    parser.add_argument("--calls", type=int, help="of the model, a trial and way (default: 2048; 160 with --quick)")
+    parser.add_argument("--calls", type=int, help="of the model, a trial and way (default: 768; 160 with --quick)")
     parser.add_argument("--lam", type=float, default=2.0, help="what the reward is multiplied by (default: 2)")
     args = parser.parse_args()
-    trials, steps = args.trials or (4 if args.quick else 12), args.steps or (8 if args.quick else 16)
-    calls = args.calls or (160 if args.quick else 2048)
+    trials, steps = args.trials or (4 if args.quick else 8), args.steps or (8 if args.quick else 16)
+    calls = args.calls or (160 if args.quick else 768)
 
+    points = SCHEDULE.points(steps, "lambda", final="min", rounded=False)
     model, classifier = diffusion_unet.load(), diffusion_classifier.load()
     target = CLASSES.index(args.target)
 
@@ -106,7 +108,7 @@ def main() -> None:
                 denoiser,
                 reward,
                 (3, 32, 32),
-                table=table_of(steps),
+                table=ddim(points, eta=1.0, prediction="v"),
                 lam=args.lam,
                 trees=trials,
                 generator=torch.Generator().manual_seed(0),
