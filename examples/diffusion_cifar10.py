@@ -112,19 +112,20 @@ def draw(rows: dict[str, dict[int, tuple[int, float]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def draw_images(images: dict[str, dict[int, Tensor]], truth: Tensor, path: Path) -> None:
-    """A row a solver: the same five images in each number of calls, and by 200 steps."""
-    figure = Figure(figsize=(13, 0.62 * len(images) + 0.4), layout="constrained")
+def draw_images(images: dict[str, dict[int, Tensor]], truth: Tensor, path: Path, shown: int) -> None:
+    """A row a solver: the same images in each number of calls, and by 200 steps."""
+    figure = Figure(figsize=(2 + 0.56 * shown * (len(CALLS) + 1), 0.6 * len(images) + 0.3), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
     grid = figure.subplots(len(images), len(CALLS) + 1, squeeze=False)
     for row, (name, found) in zip(grid, images.items(), strict=True):
         for axes, (calls, x) in zip(row, {**found, 200: truth}.items(), strict=True):
-            axes.imshow(tiles(x[:5], 5))
+            axes.imshow(tiles(x[:shown], shown))
             axes.set(xticks=[], yticks=[], frame_on=False)
             if axes is row[0]:
                 axes.set_ylabel(name, rotation=0, ha="right", va="center")
             if row is grid[0]:
-                axes.set_title(f"{calls} calls")
-    figure.savefig(path, dpi=100)
+                axes.set_title(f"{calls} calls", fontsize="medium")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
 def main() -> None:
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="how many, a multiple of 10 (default: 40; 10 with --quick)")
     parser.add_argument("--search", action="store_true", help="search the schedules, and write them")
     parser.add_argument("--budget", type=int, default=64, help="of the search: schedules to try (default: 64)")
+    parser.add_argument("--picture", type=Path, help="also draw a small picture of four solvers there")
     args = parser.parse_args()
     count = args.images or (10 if args.quick else 40)
     model = load()
@@ -173,7 +175,10 @@ def main() -> None:
     print(f"A model call takes {call:.1f} ms for {count} images and both outputs of guidance.")
     OUTPUT.mkdir(exist_ok=True)
     draw(errors, OUTPUT / "diffusion_cifar10.png")
-    draw_images(images, truth, OUTPUT / "diffusion_cifar10_images.png")
+    draw_images(images, truth, OUTPUT / "diffusion_cifar10_images.png", 5)
+    if args.picture:
+        few = ("DDIM", "DPM++ 2M", "UniPC 3", "searched")
+        draw_images({name: images[name] for name in few}, truth, args.picture, 3)
     print(f"errors over calls, and images: {OUTPUT}")
     best = {calls: min(errors[name][calls][1] for name in SOLVERS) for calls in CALLS}
     ratios = torch.tensor([errors["searched"][calls][1] / best[calls] for calls in CALLS])

@@ -29,6 +29,29 @@ def test_training_examples_run(name, tmp_path):
     assert weights.stat().st_size > 100_000
 
 
+@pytest.mark.parametrize(
+    ("name", "words"), [("diffusion_cifar10", "searched"), ("tree_sampling", "best of n")], ids=["solvers", "tree"]
+)
+def test_sampling_examples_run(name, words, tmp_path):
+    plot = EXAMPLES / "output" / f"{name}.png"
+    plot.unlink(missing_ok=True)
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert words in done.stdout
+    assert plot.stat().st_size > 10_000
+
+
+def test_solvers_of_the_example_call_the_model_as_often_as_is_said(example):
+    module = example("diffusion_cifar10")
+    for calls in module.CALLS:
+        for name in module.SOLVERS:
+            spent = int(module.table_of(name, calls).evaluates.sum())
+            assert calls - (name == "Heun") <= spent <= calls, (name, calls)
+        found = module.FoundSchedule.load(module.schedule_file(calls))
+        assert int(found.table(module.SCHEDULE, "v").evaluates.sum()) == calls
+
+
 def test_training_that_was_stopped_ends_at_the_same_bits(example, tmp_path):
     train, unet = example("diffusion_train"), example("diffusion_unet")
     images, labels = cifar10(SAMPLE, "test")
