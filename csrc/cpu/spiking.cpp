@@ -186,6 +186,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_backward(
                (grad_v_seq->is_cpu() && walk.same(*grad_v_seq) && grad_v_seq->scalar_type() == walk.state_dtype()),
            walk.op, ": expected grad_v_seq with x's shape, in the state's dtype");
   FC_CHECK(surrogate >= 0 && surrogate < kSurrogates && widths.size() == 3, walk.op, ": unknown surrogate ", surrogate);
+  const OptionalTensor given_parameters[kParameters] = {leak, threshold, gain, scale, shift};
+  bool are_given = wanted >= 0 && wanted < 1 << kParameters;
+  for (int i = 0; i < kParameters; ++i) are_given = are_given && (given_parameters[i] || !(wanted >> i & 1));
+  FC_CHECK(are_given, walk.op, ": expected gradients to be wanted of parameters that are tensors, got ", wanted);
   Parameters parameters({leak, threshold, gain, scale, shift}, walk.inner_sizes, walk.state_strides, walk.state_dtype(),
                         walk.op);
   NeuronProblem p = problem(neuron, numbers, v_reset, parameters, walk);
