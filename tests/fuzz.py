@@ -38,6 +38,7 @@ INTEGERS = (-(2**63), -(2**31), -7, -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 33, 64, 
 NUMBERS = (0.0, -0.0, 0.5, 1.0, -1.0, 2.0, 1e-320, 1e-30, 1e30, 1e308, math.inf, -math.inf, math.nan)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int16, torch.uint8, torch.bool)
 SECONDS = 60  # a call that takes longer hangs
+STARTING = 2**64 - 1  # in place of a call's number until the first one is made
 MEMORY = 6 * 2**30
 LEAK = 32 * 2**20
 
@@ -198,7 +199,7 @@ def main() -> int:
     if options.op:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY + 16 * 2**30,) * 2)
         with open(options.progress, "r+b") if options.progress else tempfile.TemporaryFile() as file:
-            file.write(bytes(8))
+            file.write(STARTING.to_bytes(8, "little"))
             file.flush()
             with mmap.mmap(file.fileno(), 8) as progress:
                 end = options.begin + options.calls
@@ -208,7 +209,7 @@ def main() -> int:
     bad = 0
     for op, begin, end in parts(options.calls, sorted(calls)):
         with tempfile.NamedTemporaryFile() as file:
-            file.write(bytes(8))
+            file.write(STARTING.to_bytes(8, "little"))
             file.flush()
             command = [sys.executable, __file__, str(end - begin), str(options.seed), "--op", op]
             started = time.monotonic()
@@ -219,7 +220,7 @@ def main() -> int:
                 now = int.from_bytes(Path(file.name).read_bytes()[:8], "little")
                 if now != at:
                     at, since = now, time.monotonic()
-                elif time.monotonic() - since > SECONDS:
+                elif now != STARTING and time.monotonic() - since > SECONDS:
                     process.kill()
             call = int.from_bytes(Path(file.name).read_bytes()[:8], "little")
         if process.returncode:
