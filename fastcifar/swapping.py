@@ -98,7 +98,7 @@ class Report:
 
 
 def accelerate(
-    model: nn.Module,
+    model: Any,
     *,
     families: Collection[str] | None = None,
     dry_run: bool = False,
@@ -110,7 +110,8 @@ def accelerate(
 
     Known are the neurons of SpikingJelly and snnTorch's ``Leaky``; the filters of GFNet, SpectFormer and AFNO, by their
     name and by what their ``forward`` does, since their code is copied around; the fixed-point quantizers of brevitas
-    (those with a scale that is a power of two) and of QPyTorch (to the nearest); and earlyon's wrapper.
+    (those with a scale that is a power of two) and of QPyTorch (to the nearest); earlyon's wrapper; and the schedulers
+    of diffusers in a pipeline.
 
     A module stays the object that it is: its class and attributes change. So who holds it, and how many, does not
     matter, and its parameters, buffers, membranes, hooks and mode are the same objects as before; an optimizer goes on,
@@ -118,11 +119,12 @@ def accelerate(
     do, is left, with the reason in the report. On an error nothing is changed.
 
     Args:
-        model: any module; it is changed.
-        families: of ``"spiking"``, ``"spectral"``, ``"fixedpoint"``, ``"earlyexit"``: those to swap. Default: all.
+        model: any module, or a diffusers pipeline, whose scheduler is swapped beside its modules; it is changed.
+        families: of ``"spiking"``, ``"spectral"``, ``"fixedpoint"``, ``"earlyexit"``, ``"diffusion"``: those to swap.
+            Default: all.
         dry_run: whether to report only.
-        inputs: a tensor or a tuple of arguments for the model. With it, the gain of each module and of the model is
-            measured (two forward passes each on copies, without gradients).
+        inputs: a tensor or a tuple of arguments for the model, if it is a module. With it, the gain of each module and
+            of the model is measured (three forward passes before and after, without gradients).
         verify: whether the outputs on ``inputs`` before and after are compared. Default False.
         tolerance: how much they may differ, over the largest output's magnitude. Default 1e-4.
 
@@ -130,7 +132,8 @@ def accelerate(
         :class:`Report`.
 
     Raises:
-        TypeError: ``model`` is no module, or ``inputs`` is missing where they are to be verified.
+        TypeError: ``model`` is no module and no pipeline, or ``inputs`` is missing where they are to be verified, or
+            given for a pipeline.
         ValueError: there is no such family.
         RuntimeError: outputs differ by more than ``tolerance``; the model is then as it was.
 
@@ -141,13 +144,10 @@ def accelerate(
         ()
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: expected model to be a torch.nn.Module, got {type(model).__name__}")
+        return _accelerate_pipeline(model, families, dry_run, inputs, verify)
     if verify and inputs is None:
         raise TypeError("accelerate: expected inputs to verify the outputs on, got None")
-    known = sorted({rule.family for rule in (*_swaps._PACKAGES.values(), *_swaps._COPIED.values())})
-    for family in families or ():
-        if family not in known:
-            raise ValueError(f"accelerate: expected families of {', '.join(known)}; got {family!r}")
+    _check_families(families)
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
     places = [(name, m, parent, rule) for name, m, parent in _places(model) if (rule := _wanted(m, families))]
     before = None if inputs is None else _observe(model, [m for _, m, _, _ in places], batch)
@@ -177,17 +177,81 @@ def accelerate(
     return report
 
 
-def restore(model: nn.Module) -> int:
+def _check_families(families: Collection[str] | None) -> None:
+    known = sorted({rule.family for rule in (*_swaps._PACKAGES.values(), *_swaps._COPIED.values())} | {"diffusion"})
+    for family in families or ():
+        if family not in known:
+            raise ValueError(f"accelerate: expected families of {', '.join(known)}; got {family!r}")
+
+
+def _parts(pipeline: Any) -> dict[str, Any]:
+    """What a pipeline is made of, by name."""
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, dict):
+        raise TypeError(
+            f"expected model to be a torch.nn.Module or a diffusers pipeline, got {type(pipeline).__name__}"
+        )
+    return components
+
+
+def _accelerate_pipeline(
+    pipeline: Any, families: Collection[str] | None, dry_run: bool, inputs: Any, verify: bool
+) -> Report:
+    """A pipeline's modules one by one, and its scheduler; all or nothing."""
+    try:
+        parts = _parts(pipeline)
+    except TypeError as error:
+        raise TypeError(f"accelerate: {error}") from None
+    if inputs is not None or verify:
+        raise TypeError("accelerate: expected no inputs for a pipeline, which may be verified module by module")
+    _check_families(families)
+    swaps: list[Swap] = []
+    try:
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                of_part = accelerate(part, families=families, dry_run=dry_run).swaps
+                swaps += [replace(s, name=f"{name}.{s.name}".rstrip(".")) for s in of_part]
+            elif (not families or "diffusion" in families) and (swap := _swap_scheduler(name, part, dry_run)):
+                swaps.append(swap)
+    except BaseException:
+        restore(pipeline)
+        raise
+    return Report(tuple(swaps))
+
+
+def _swap_scheduler(name: str, scheduler: Any, dry_run: bool) -> Swap | None:
+    """Ours are subclasses of diffusers' own, so the object becomes one by its class alone."""
+    kind = type(scheduler)
+    found = f"diffusers.{kind.__name__}"
+    if kind.__module__.partition(".")[0] != "diffusers" or not kind.__name__.endswith("Scheduler"):
+        return None
+    from .compat import diffusers as ours
+
+    if kind.__name__ not in ours.__all__:
+        return Swap(name, found, "diffusion", "left", why="it has no counterpart")
+    try:
+        # What our constructor refuses of these settings is refused here.
+        getattr(ours, kind.__name__).from_config(scheduler.config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        return Swap(name, found, "diffusion", "left", why=str(error))
+    if not dry_run:
+        vars(scheduler)[_BEFORE] = kind
+        scheduler.__class__ = getattr(ours, kind.__name__)
+    action = "would be swapped" if dry_run else "swapped"
+    return Swap(name, found, "diffusion", action, by=f"fastcifar {kind.__name__}")
+
+
+def restore(model: Any) -> int:
     """Undoes :func:`accelerate`: modules are what they were, with the state that they have by now.
 
     Args:
-        model: as it was given to :func:`accelerate`, or a copy of it.
+        model: the module or pipeline as it was given to :func:`accelerate`, or a copy of it.
 
     Returns:
         How many modules were restored.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module and no pipeline.
 
     Example:
         >>> import torch
@@ -196,7 +260,16 @@ def restore(model: nn.Module) -> int:
         0
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"restore: expected model to be a torch.nn.Module, got {type(model).__name__}")
+        try:
+            parts = _parts(model)
+        except TypeError as error:
+            raise TypeError(f"restore: {error}") from None
+        count = sum(restore(part) for part in parts.values() if isinstance(part, nn.Module))
+        for part in parts.values():
+            if not isinstance(part, nn.Module) and _BEFORE in getattr(part, "__dict__", {}):
+                part.__class__ = vars(part).pop(_BEFORE)
+                count += 1
+        return count
     swapped = [module for module in model.modules() if _BEFORE in vars(module)]
     for module in swapped:
         _restore(module)

@@ -36,7 +36,16 @@ from fastcifar.spec import all_specs, identical, run
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 INTEGERS = (-(2**63), -(2**31), -7, -2, -1, 0, 1, 2, 3, 4, 5, 7, 8, 16, 33, 64, 65, 1000, 2**31, 2**62, 2**63 - 1)
 NUMBERS = (0.0, -0.0, 0.5, 1.0, -1.0, 2.0, 1e-320, 1e-30, 1e30, 1e308, math.inf, -math.inf, math.nan)
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int16, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int16,
+    torch.uint8,
+    torch.bool,
+)
 SECONDS = 60  # a call that takes longer hangs
 STARTING = 2**64 - 1  # in place of a call's number until the first one is made
 MEMORY = 6 * 2**30
@@ -204,7 +213,9 @@ def main() -> int:
             with mmap.mmap(file.fileno(), 8) as progress:
                 end = options.begin + options.calls
                 answered = child(options.op, calls[options.op], options.seed, options.begin, end, progress)
-        print(f"{options.op:<28} {options.calls:>9} calls, {answered / max(1, options.calls):5.1%} answered", flush=True)
+        print(
+            f"{options.op:<28} {options.calls:>9} calls, {answered / max(1, options.calls):5.1%} answered", flush=True
+        )
         return 0
     bad = 0
     for op, begin, end in parts(options.calls, sorted(calls)):

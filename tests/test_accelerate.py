@@ -17,7 +17,7 @@ from fastcifar.compat import spikingjelly as ours
 
 needs = {
     package: pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-    for package in ("spikingjelly", "snntorch", "brevitas", "earlyon")
+    for package in ("spikingjelly", "snntorch", "brevitas", "earlyon", "diffusers")
 }
 
 
@@ -260,6 +260,50 @@ def test_earlyon_wrapper_as_the_model_itself():
     assert len(backbone[0]._forward_hooks) == 1
 
 
+def _pipeline(scheduler):
+    from diffusers import DDIMPipeline, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    unet = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, **blocks)
+    pipeline = DDIMPipeline(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _images(pipeline):
+    generator = torch.Generator().manual_seed(0)
+    return torch.as_tensor(pipeline(2, generator, num_inference_steps=5, output_type="np").images)
+
+
+@needs["diffusers"]
+def test_a_pipeline_gets_our_scheduler():
+    from diffusers import DDIMScheduler
+
+    pipeline = _pipeline(DDIMScheduler())
+    expected = _images(pipeline)
+    assert accelerate(pipeline, dry_run=True).swapped[0].action == "would be swapped"
+    assert type(pipeline.scheduler) is DDIMScheduler
+    report = accelerate(pipeline)
+    assert [(s.name, s.by) for s in report.swapped] == [("scheduler", "fastcifar DDIMScheduler")]
+    assert type(pipeline.scheduler).__module__.startswith("fastcifar")
+    torch.testing.assert_close(_images(pipeline), expected, rtol=1e-5, atol=1e-5)
+    assert accelerate(pipeline).swaps == ()
+    assert restore(pipeline) == 1
+    assert type(pipeline.scheduler) is DDIMScheduler
+    torch.testing.assert_close(_images(pipeline), expected, rtol=0, atol=0)
+    with pytest.raises(TypeError, match="expected no inputs for a pipeline"):
+        accelerate(pipeline, verify=True)
+
+
+@needs["diffusers"]
+def test_a_scheduler_without_counterpart_is_left():
+    from diffusers import KDPM2DiscreteScheduler
+
+    pipeline = _pipeline(KDPM2DiscreteScheduler())
+    assert accelerate(pipeline).left[0].why == "it has no counterpart"
+
+
 class GlobalFilter(nn.Module):
     """A class of a known name whose forward is its own."""
 
@@ -326,7 +370,7 @@ def test_parametrized_modules_are_left(monkeypatch):
 
 
 def test_bad_input():
-    with pytest.raises(TypeError, match=r"accelerate: expected model to be a torch.nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"accelerate: expected model to be a torch.nn.Module or .* pipeline, got int"):
         accelerate(3)
     with pytest.raises(TypeError, match="expected inputs to verify"):
         accelerate(nn.Identity(), verify=True)
