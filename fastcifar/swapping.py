@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from . import _swaps
+from ._observing import MEMORIES, Observed, observe
 
 _BEFORE = "_fastcifar_before"  # what a swapped module was: its rule, class and attributes
 _HOOKS = (
@@ -29,7 +27,6 @@ _HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
 )
-_MEMORIES = ("_memories", "_memories_rv", "v_seq")  # SpikingJelly's
 
 
 @dataclass(frozen=True)
@@ -150,14 +147,14 @@ def accelerate(
     _check_families(families)
     batch = inputs if isinstance(inputs, tuple) else (inputs,)
     places = [(name, m, parent, rule) for name, m, parent in _places(model) if (rule := _wanted(m, families))]
-    before = None if inputs is None else _observe(model, [m for _, m, _, _ in places], batch)
+    before = None if inputs is None else observe(model, [m for _, m, _, _ in places], batch)
 
     swapped: list[nn.Module] = []
     try:
         swaps = [_swap(*place, swapped) for place in places]
         report = Report(tuple(swaps))
         if before is not None:
-            after = _observe(model, [m for _, m, _, _ in places], batch)
+            after = observe(model, [m for _, m, _, _ in places], batch)
             report = _compared(report, [m for _, m, _, _ in places], before, after)
         if verify and not report.difference <= tolerance:  # type: ignore[operator]
             raise RuntimeError(
@@ -344,94 +341,12 @@ def _carry(old: dict[str, Any], module: nn.Module) -> None:
         if old[kind].keys() != new[kind].keys():
             raise ValueError(f"its {kind[1:]} are {sorted(old[kind])}, where ours are {sorted(new[kind])}")
         new[kind].update(old[kind])
-    for name in (*_HOOKS, *_MEMORIES, "training"):
+    for name in (*_HOOKS, *MEMORIES, "training"):
         if name in old and name in new:
             new[name] = old[name]
 
 
-# ---- what the outputs and times are ----------------------------------------------------------------------------------
-
-
-@dataclass
-class _Observed:
-    outputs: list[Tensor]
-    seconds: float
-    of_modules: dict[int, float]
-
-
-def _observe(model: nn.Module, modules: Sequence[nn.Module], batch: tuple, repeats: int = 3) -> _Observed:
-    """The outputs on a batch, and the least times of the model and of its modules; buffers, membranes and random
-    generators are then as before."""
-    times: dict[int, list[float]] = {id(m): [] for m in modules}
-    began: dict[int, float] = {}
-    wait = torch.cuda.synchronize if any(isinstance(t, Tensor) and t.is_cuda for t in batch) else lambda: None
-
-    def start(module: nn.Module, _: Any) -> None:
-        wait()
-        began[id(module)] = time.perf_counter()
-
-    def stop(module: nn.Module, _: Any, __: Any) -> None:
-        wait()
-        spent[id(module)] = spent.get(id(module), 0.0) + time.perf_counter() - began[id(module)]
-
-    handles = [m.register_forward_pre_hook(start) for m in modules] + [m.register_forward_hook(stop) for m in modules]
-    whole = []
-    try:
-        for _ in range(repeats):
-            spent: dict[int, float] = {}
-            state = _state(model)
-            try:
-                with torch.no_grad(), torch.random.fork_rng():
-                    wait()
-                    begin = time.perf_counter()
-                    result = model(*batch)
-                    wait()
-                    whole.append(time.perf_counter() - begin)
-                    outputs = [t.detach().clone() for t in _tensors(result)]
-            finally:
-                _set_state(model, state)
-            for key, seconds in spent.items():
-                times[key].append(seconds)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not outputs:
-        raise TypeError(f"accelerate: expected the model to return tensors, got {type(result).__name__}")
-    return _Observed(outputs, min(whole), {key: min(values) for key, values in times.items() if values})
-
-
-def _state(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    """What a forward pass may change in modules of the peers that we know, and in batch norms."""
-    return [
-        (m, {"_buffers": {name: (t, None if t is None else t.detach().clone()) for name, t in m._buffers.items()}}
-         | {name: copy.copy(vars(m)[name]) for name in _MEMORIES if name in vars(m)})
-        for m in model.modules()
-    ]  # fmt: skip
-
-
-def _set_state(model: nn.Module, state: list[tuple[nn.Module, dict[str, Any]]]) -> None:
-    for module, saved in state:
-        for name, (tensor, value) in saved.pop("_buffers").items():
-            if tensor is not None and not torch.equal(tensor, value):
-                tensor.copy_(value)
-            module._buffers[name] = tensor
-        vars(module).update(saved)
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    """The tensors and numbers of a result: of trees, and of dataclasses."""
-    found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(result):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif isinstance(leaf, int | float):
-            found.append(torch.tensor(float(leaf)))
-        elif is_dataclass(leaf):
-            found += _tensors([getattr(leaf, f.name) for f in fields(leaf)])
-    return found
-
-
-def _compared(report: Report, modules: Sequence[nn.Module], before: _Observed, after: _Observed) -> Report:
+def _compared(report: Report, modules: Sequence[nn.Module], before: Observed, after: Observed) -> Report:
     difference = 0.0 if len(before.outputs) == len(after.outputs) else float("inf")
     for old, new in zip(before.outputs, after.outputs, strict=False):
         if old.shape != new.shape:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcifar
-from fastcifar import _swaps, accelerate, restore, swapping
+from fastcifar import _observing, _swaps, accelerate, restore
 from fastcifar.compat import spikingjelly as ours
 
 needs = {
@@ -254,8 +254,8 @@ def test_earlyon_wrapper_as_the_model_itself():
     assert model(torch.randn(5, 3, 8, 8)).exit_taken.shape == (5,), "takes batches now"
     assert restore(model) == 1
     assert type(model) is EarlyExitWrapper
-    assert swapping._tensors(model(x))
-    for a, b in zip(swapping._tensors(model(x)), swapping._tensors(expected), strict=True):
+    assert _observing.tensors(model(x))
+    for a, b in zip(_observing.tensors(model(x)), _observing.tensors(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert len(backbone[0]._forward_hooks) == 1
 
