@@ -376,7 +376,7 @@ def _step_backward_kernel(
                 for t in tl.static_range(11):
                     if (GIVEN >> t & 1) and (t < 8 + row or (row == 2 and t == 10)):
                         value = terms[t]
-                        infinite = (value - value) != 0  # or NaN
-                        value = tl.where((program[row][t] == 0) & infinite, 0.0, value)
+                        finite = tl.where((value - value) != 0, 0.0, value)  # infinity and NaN are hidden by 0
+                        value = tl.where(program[row][t] == 0, finite, value)
                         product = tl.where(mask, to[row] * value, 0.0)
                         tl.store(into + row * 11 + t, tl.sum(product.to(tl.float64), 0))
