@@ -176,9 +176,9 @@ def solver_step_backward(
     else:
         chosen = Plan(0, 0)
     draws = seed is not None and bool(of_program)
-    tile = blocks(x.dtype, draws, bool(of_program))
-    samples, length, per = _cut(x, each, draws, tile["BLOCK"])
-    sums = x.new_zeros((samples * per * (4 if draws else 1), 3, COUNT), dtype=torch.float64) if of_program else None
+    tile = blocks(x.dtype, False, bool(of_program))
+    samples, length, per = _cut(x, each, False, tile["BLOCK"])
+    sums = x.new_zeros((samples * per, 3, COUNT), dtype=torch.float64) if of_program else None
     with torch.cuda.device_of(x):
         _step_backward_kernel[(samples * per,)](
             *(None if g is None else in_order(g, strides) for g in (grad_x_next, grad_converted, grad_corrected)),

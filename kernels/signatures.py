@@ -408,7 +408,7 @@ def diffusion() -> Iterator[Entry]:
             values |= {"EACH": row["coefficients"] == "each", "GUIDED": uncond in given}
             values |= {
                 "WANTS": wants.get(row.get("wants", ""), 0),
-                **family.blocks(row["x"], draws, given["sums_ptr"] is not None),
+                **family.blocks(row["x"], draws and "kept" in row, given["sums_ptr"] is not None),
             }
             multiple = ":16" if row["aligned"] else ""
             kinds = {"total": "i64" + multiple, "length": "i64" + multiple, "blocks": "i32", "stream": "i64"}
