@@ -231,7 +231,7 @@ def sampler(**given):
         ({"lam": INF}, ValueError, "expected lam to be finite"),
         ({"lam": NAN}, ValueError, "expected lam to be finite"),
         ({"lam": "1"}, TypeError, "expected lam to be a number, got str"),
-        ({"selection": "greedy"}, ValueError, "one of boltzmann, uct; got 'greedy'"),
+        ({"selection": "greedy"}, ValueError, "one of boltzmann, uct, uniform; got 'greedy'"),
         ({"c_uct": -1}, ValueError, "expected c_uct to be finite and at least 0"),
         ({"widening": (0, 0.5)}, ValueError, "C > 0 and alpha <= 1, got \\(0, 0.5\\)"),
         ({"widening": (1, 1.5)}, ValueError, "C > 0 and alpha <= 1"),
@@ -239,6 +239,7 @@ def sampler(**given):
         ({"widening": 1}, TypeError, r"expected widening to be a pair \(C, alpha\), got 1"),
         ({"shape": 3}, TypeError, "expected shape to be the sizes of one state, got 3"),
         ({"shape": (3, -1)}, TypeError, r"expected shape to be the sizes of one state, got \(3, -1\)"),
+        ({"noiseless": (3,)}, ValueError, r"expected noiseless to be levels of 1 to 2, got \[3\]"),
         ({"max_children": 0}, ValueError, "expected max_children to be finite and at least 1"),
         ({"width": 1.5}, TypeError, "expected width to be an integer, got float"),
         ({"trees": 0}, ValueError, "expected trees"),
@@ -299,7 +300,7 @@ def test_progress(monkeypatch, capsys):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr("importlib.import_module", without_tqdm)
-    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+    with pytest.raises(ImportError, match="expected tqdm for progress=True"):
         sampler().run(3, progress=True)
 
 
@@ -341,6 +342,40 @@ def test_a_table_is_a_step():
     x0 = 0.9 * x1 - 0.1 * (x1 - 0.5 * (2 * x1).square()).clamp(-0.8, 0.8)
     torch.testing.assert_close(tree.samples().x, x0)
     torch.testing.assert_close(tree.samples().reward, x0.flatten(1).sum(1).double())
+
+
+def test_a_transition_without_noise_has_one_child():
+    model = {
+        "step": lambda x, t: x,
+        "reward": lambda x: x[:, 0],
+        "widening": (1.0, 1.0),
+        "selection": "uct",
+        "c_uct": 9.0,
+    }
+    tree = sampler(**model, steps=None, table=table(), descents=3, max_children=4).run(60)
+    forest = tree._forest
+    assert forest.count[forest.depth == 1].tolist() == [4] * 4
+    assert forest.count[forest.depth == 2].tolist() == [1] * 16
+    assert len(tree.samples().x.unique()) == 16
+    still = sampler(noiseless=(2, 1), descents=2).run(30)
+    assert still._forest.count[still._forest.depth > 0].max() == 1
+    assert still.evaluations == 2 * int(still._forest.count[0]) < 30
+
+
+def test_a_table_with_guidance():
+    def both(x, timestep):
+        return x.square(), x
+
+    def reward(x):
+        return x.flatten(1).sum(1)
+
+    guided = TableStep(both, table(), guidance=3.0)
+    tree = TreeSampler(guided, reward, (2,), trees=4, generator=seeded(3)).run(1)
+    assert tree.steps == 2
+    plain = TreeSampler(
+        lambda x, t: x + 3 * (x.square() - x), reward, (2,), table=table(), trees=4, generator=seeded(3)
+    )
+    torch.testing.assert_close(tree.samples().x, plain.run(1).samples().x)
 
 
 def test_a_table_that_does_not_fit_is_refused():
