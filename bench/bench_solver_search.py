@@ -89,7 +89,7 @@ def test_searched_schedule(paired: Paired, name: str, evaluations: int) -> None:
     ours = rmse(sample(model, unseen, found), targets["unseen"])
 
     paired.describe(
-        "diffusion",
+        "solver_search",
         op="searched schedule",
         workload=f"{name} mixture, {evaluations} evaluations, {SAMPLES} unseen noises",
         mode="call",

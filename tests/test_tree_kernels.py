@@ -231,7 +231,7 @@ def sampler(**given):
         ({"lam": INF}, ValueError, "expected lam to be finite"),
         ({"lam": NAN}, ValueError, "expected lam to be finite"),
         ({"lam": "1"}, TypeError, "expected lam to be a number, got str"),
-        ({"selection": "greedy"}, ValueError, "one of boltzmann, uct; got 'greedy'"),
+        ({"selection": "greedy"}, ValueError, "one of boltzmann, uct, uniform; got 'greedy'"),
         ({"c_uct": -1}, ValueError, "expected c_uct to be finite and at least 0"),
         ({"widening": (0, 0.5)}, ValueError, "C > 0 and alpha <= 1, got \\(0, 0.5\\)"),
         ({"widening": (1, 1.5)}, ValueError, "C > 0 and alpha <= 1"),

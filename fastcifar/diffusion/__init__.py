@@ -8,6 +8,7 @@ from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
 from .mixture import GaussianMixture
 from .one_step import ddim, ddpm, euler, euler_ancestral, heun
 from .predictor import SchedulePredictor
+from .probing import from_diffusers
 from .pseudo_numerical import ipndm, pndm
 from .sampling import Thresholding, sample
 from .schedule import CosineVP, DiscreteVP, EDMSchedule, FlowSchedule, LinearVP, Schedule, exploding
@@ -22,7 +23,7 @@ from .tree_step import TableStep
 from .trojan_audit import TrojanReport, detect_trojan, invert_trigger, trigger_score
 from .trojdiff import Poisoned, Trigger, poison, trojan_loss, trojan_noise, trojan_sample, trojan_shift, trojan_table
 from .usf import Corrector, Decision, load_decisions, save_decisions
-from .usf import usf as usf_table  # by its own name it would hide its module
+from .usf import usf as usf_table
 from .uvit import UViT, UViTOutputs, UViTResult
 from .vae import DiffuseVAE, DiffuseVAEResult, ImageVAE
 
@@ -76,6 +77,7 @@ __all__ = [
     "euler",
     "euler_ancestral",
     "exploding",
+    "from_diffusers",
     "guidance_of_weight",
     "heun",
     "invert_trigger",

@@ -158,8 +158,10 @@ def search_schedule(
         with Runner(objective, executor, workers, threads).open() as runner:
             for count in counts:
                 bar = _Bar(progress, budget, f"{count} evaluations")
-                _Search(objective, runner, space, learner, count, saved, bar, settings).run()
-                bar.close()
+                try:
+                    _Search(objective, runner, space, learner, count, saved, bar, settings).run()
+                finally:
+                    bar.close()
     finally:
         torch.set_num_threads(before)
     return SearchResult({count: saved.trials[count] for count in counts}, start, end, settings)
@@ -302,16 +304,20 @@ class _Search:
         return np.random.default_rng([self.seed, self.count, generation])
 
     def _first(self, room: int) -> list[Candidate]:
-        rng, bases = self._rng(0), self.objective.bases()
+        rng, bases = self._rng(0), self.objective.bases()[:2]
         even = np.arange(self.count) / self.count
         first = [
             _multistep(tuple(np.interp(even, np.linspace(0, 1, len(base)), base).tolist()), order, prediction)
-            for base in bases[:2]
+            for base in bases
             for order, prediction in CLASSICAL
             if order in self.space.orders and prediction in self.space.predictions
         ][: room // 2]
-        drawn = (self.space.draw(self.count, bases, rng) for _ in itertools.count())
-        return first + list(itertools.islice(filter(Candidate.fits, drawn), room - len(first)))
+        return self._filled(first, room, rng)
+
+    def _filled(self, candidates: list[Candidate], room: int, rng: np.random.Generator) -> list[Candidate]:
+        """With as many drawn anew as are missing: of children, few may fit."""
+        drawn = (self.space.draw(self.count, self.objective.bases(), rng) for _ in itertools.count())
+        return candidates + list(itertools.islice(filter(Candidate.fits, drawn), room - len(candidates)))
 
     def _children(self, generation: int, room: int) -> list[Candidate]:
         rng = self._rng(generation)
@@ -323,14 +329,14 @@ class _Search:
             first, second = rng.choice(len(parents), 2, p=share / share.sum())
             pool.append(self.space.child(parents[first].candidate, parents[second].candidate, rng))
         if self.learner is None:
-            return [candidate for candidate in pool if candidate.fits()][:room]
+            return self._filled([candidate for candidate in pool if candidate.fits()][:room], room, rng)
         features = self.space.encode([trial.candidate for trial in self.trials], self.count)
         errors = torch.tensor([trial.error for trial in self.trials], dtype=torch.float64)
         self.learner.fit(features, errors, seed=int(rng.integers(2**31)))
         order = self.learner.score(self.space.encode(pool, self.count)).argsort(stable=True).tolist()
         best = list(itertools.islice((i for i in order if pool[i].fits()), room - room // 4))
         others = (i for i in rng.permutation([i for i in order if i not in best]).tolist() if pool[i].fits())
-        return [pool[i] for i in best + list(itertools.islice(others, room // 4))]
+        return self._filled([pool[i] for i in best + list(itertools.islice(others, room // 4))], room, rng)
 
     def _refine(self) -> None:
         """Halving: equal parts of what is left for eight, four, two and one candidates."""

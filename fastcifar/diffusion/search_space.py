@@ -74,8 +74,8 @@ class Candidate:
         return made
 
     def fits(self) -> bool:
-        """Whether six slots hold what its steps read; most candidates that mix singlesteps, correctors and both
-        predictions do."""
+        """Whether six slots hold what its steps read: some candidates that mix singlesteps, correctors and both
+        predictions need more."""
         sigma = torch.linspace(0.9, 0.1, len(self) + 1, dtype=torch.float64)
         try:
             usf(Points(sigma, 1 - sigma, sigma), self.decisions(), first_free=self.first_free)
@@ -105,8 +105,8 @@ class SearchSpace:
         crossover: share of children that have two parents. Default 0.3 (S3).
         mutation: probability that a child's decisions of one kind change. Default 0.3 (S3), of each kind; at how many
             steps they do is ours: at each with probability 2 / S, and at one at least.
-        position_sigma: standard deviation of a mutation of a position. Default 0.08 (S3), which we take over the number
-            of steps' share: of the mean distance of two points where that is less.
+        position_sigma: standard deviation of a mutation of a position. Default 0.08 (S3), but no more than half of the
+            mean distance of two positions (ours).
         relaxation_sigma: of a mutation of a relaxation, and of its first value. Default 0.1, ours.
 
     Raises:

@@ -14,7 +14,7 @@ from .table import SolverTable
 from .tree_arrays import Forest, Rows
 from .tree_step import TableStep
 
-SELECTIONS = ("boltzmann", "uct")
+SELECTIONS = ("boltzmann", "uct", "uniform")
 
 
 class TreeSamples(NamedTuple):
@@ -45,7 +45,8 @@ class TreeSampler:
        since children are draws of p. With lam = 0 it is the mean of V.
 
     :meth:`sample` then goes from the root to an ``x_0`` by Boltzmann choices alone. Over the x_0 of the tree its
-    probabilities are exactly ``p exp(lam r)`` with p as the tree has sampled it, however unevenly that was.
+    probabilities are exactly ``p exp(lam r)`` with p as the tree has sampled it. A search corrects the values of what
+    looked good and leaves others, so that at a finite budget its draws lean toward p; ``"uniform"`` does not search.
 
     *Batches.* A round is ``descents`` descents of each of ``trees`` trees, and one call of ``step`` serves all branches
     of a round that pass its level. The descents of one tree in one round see the values from before the round, but the
@@ -72,7 +73,8 @@ class TreeSampler:
         steps: T, the number of transitions. Default: the table's.
         lam: inverse temperature, at least 0. Default 1.
         table: a solver's table without history; ``step`` is then a model.
-        selection: ``"boltzmann"`` (default) or ``"uct"``.
+        selection: ``"boltzmann"`` (default), ``"uct"``, or ``"uniform"`` (ours): any child alike, so that how often a
+            node is expanded does not depend on values, and draws do not lean toward p at any budget.
         c_uct: weight of the bound of UCT, at least 0. Default 1.
         widening: (C, alpha), C > 0 and 0 <= alpha <= 1. Default (1, 0.5).
         max_children: of one node. Default None, no limit.
@@ -280,9 +282,9 @@ class TreeSampler:
 
     def _round(self, descents: int) -> None:
         f, uniform = self._forest, None
-        if self.selection == "boltzmann":
+        if self.selection != "uct":
             uniform = torch.rand(f.trees, descents, f.levels, dtype=torch.float64, generator=self._choices)
-        leaves = f.select(descents, uniform)
+        leaves = f.select(descents, uniform, 0.0 if self.selection == "uniform" else f.lam)
         try:
             growing = f.depth[leaves] < f.levels
             ends = leaves[growing].repeat_interleave(f.width)

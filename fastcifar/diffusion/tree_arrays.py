@@ -118,14 +118,15 @@ class Forest:
             self._allowed = many.ceil().clamp(1, min(self._most or 2**53, 2**53)).long()
         return self._allowed
 
-    def select(self, descents: int, uniform: Tensor | None) -> Tensor:
+    def select(self, descents: int, uniform: Tensor | None, lam: float) -> Tensor:
         """The ends of ``descents`` descents of each tree, ``[trees, descents]``, whose visits are counted and whose
-        children are taken from now on; see :func:`.tree_reference.select`."""
+        children are taken from now on, by Boltzmann choices with this ``lam`` or else UCT; see
+        :func:`.tree_reference.select`."""
         op = torch.ops.fastcifar.tree_select if _library.owned("tree_select", "cpu") else tree_reference.select
         roots = torch.arange(self.trees)
         allowed = self.allowed(int(self.visits[: self.trees].max()) + descents)
         vectors = (self.value, self.visits, self.taken, self.start, self.count, self.pool, allowed, roots)
-        return op(*vectors, uniform, descents, self.levels, self.width, self.lam, self.c_uct)
+        return op(*vectors, uniform, descents, self.levels, self.width, lam, self.c_uct)
 
     def release(self, leaves: Tensor) -> None:
         """Takes back what :meth:`select` counted."""
