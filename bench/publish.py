@@ -172,18 +172,10 @@ def publish_earlyexit(results: Results, caption: str) -> None:
             insert(ROOT / "docs" / "earlyexit.md", marker, plain + "\n\n".join(map(markdown_table, found)))
 
 
-def publish_search(results: Results, caption: str) -> None:
-    if "solver_search" in results.families:
-        plain = caption.replace("; in brackets the multiple of the floor", "")
-        tables = results.families["solver_search"]["overhead"]
-        insert(ROOT / "docs" / "diffusion_search.md", "searched", plain + "\n\n".join(map(markdown_table, tables)))
-
-
 # A marker of docs/diffusion.md, and how the tables between it begin.
 DIFFUSION = {
     "parts": ("solver_step,", "normal_numbers,", "dynamic_threshold,"),
     "schedulers": ("scheduler.step,",),
-    "search": ("searched schedule,",),
     "tree": ("tree search",),
 }
 
@@ -199,15 +191,19 @@ def publish_diffusion(results: Results, caption: str) -> None:
         if found:
             insert(path, "diffusion", both + compact(found, ratios=True))
     plain = caption.replace("; in brackets the multiple of the floor", "")
-    tables = family["overhead"]
-    named = {
-        marker: [cells for cells in tables if cells[0][0].startswith(words)] for marker, words in DIFFUSION.items()
-    }
-    known = [cells for found in named.values() for cells in found]
-    named["papers"] = [cells for cells in tables if cells not in known]
+    named: dict[str, list[list[list[str]]]] = {}
+    for cells in family["overhead"]:
+        marker = next((m for m, words in DIFFUSION.items() if cells[0][0].startswith(words)), "papers")
+        named.setdefault(marker, []).append(cells)
     for marker, found in named.items():
-        if found:  # not in a run of a part
-            insert(page, marker, plain + "\n\n".join(map(markdown_table, found)))
+        insert(page, marker, plain + "\n\n".join(map(markdown_table, found)))
+
+
+def publish_search(results: Results, caption: str) -> None:
+    if "solver_search" in results.families:
+        plain = caption.replace("; in brackets the multiple of the floor", "")
+        tables = results.families["solver_search"]["overhead"]
+        insert(ROOT / "docs" / "diffusion_search.md", "searched", plain + "\n\n".join(map(markdown_table, tables)))
 
 
 def main() -> int:

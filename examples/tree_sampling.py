@@ -2,7 +2,7 @@
 """Steer the diffusion model of diffusion_unet.py to a class by Diffusion Tree Sampling, beside the best of n.
 
     python examples/tree_sampling.py --quick     # a minute on two cores
-    python examples/tree_sampling.py             # more trials, steps and calls
+    python examples/tree_sampling.py             # more trials and calls
 
 The model is asked for images of any class; the reward is the log-probability that a small classifier
 (diffusion_classifier.py) gives to --target, "ship" unless said otherwise. No gradient of either is used. Three ways
@@ -41,8 +41,12 @@ from fastcifar.data import CLASSES
 from fastcifar.diffusion import TreeSampler, ddim
 
 OUTPUT = Path(__file__).parent / "output" / "tree_sampling.png"
-# An endless number of children at the root: every descent is a sample of its own.
-WAYS = {"best of n": {"widening": (1e9, 1.0)}, "DTS": {}, "DTS*": {"selection": "uct"}}
+NARROW = (1.0, 0.35)  # children: fewer than the square root of the visits, so that paths branch further down
+WAYS = {
+    "best of n": {"widening": (1e9, 1.0)},  # endless children at the root: every descent is a sample of its own
+    "DTS": {"widening": NARROW},
+    "DTS*": {"widening": NARROW, "selection": "uct", "c_uct": 0.3},
+}
 
 
 def grow(tree: TreeSampler, calls: int, trials: int, progress: Progress, name: str) -> tuple[Tensor, Tensor]:
@@ -80,15 +84,15 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], images: dict[str, Tensor], ta
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 trials of 8 steps")
+    parser.add_argument("--quick", action="store_true", help="4 trials of 160 calls")
     parser.add_argument("--target", choices=CLASSES, default="ship", help="the class that is rewarded")
-    parser.add_argument("--trials", type=int, help="default: 8; 4 with --quick")
-    parser.add_argument("--steps", type=int, help="from noise to an image (default: 16; 8 with --quick)")
-    parser.add_argument("--calls", type=int, help="of the model, a trial and way (default: 768; 160 with --quick)")
+    parser.add_argument("--trials", type=int, help="default: 16; 4 with --quick")
+    parser.add_argument("--steps", type=int, default=8, help="from noise to an image (default: 8)")
+    parser.add_argument("--calls", type=int, help="of the model, a trial and way (default: 400; 160 with --quick)")
     parser.add_argument("--lam", type=float, default=2.0, help="what the reward is multiplied by (default: 2)")
     args = parser.parse_args()
-    trials, steps = args.trials or (4 if args.quick else 8), args.steps or (8 if args.quick else 16)
-    calls = args.calls or (160 if args.quick else 768)
+    trials, steps = args.trials or (4 if args.quick else 16), args.steps
+    calls = args.calls or (160 if args.quick else 400)
 
     points = SCHEDULE.points(steps, "lambda", final="min", rounded=False)
     model, classifier = diffusion_unet.load(), diffusion_classifier.load()
