@@ -204,6 +204,8 @@ if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
     _triton("spectral", "spectral_gate_forward", "spectral_gate_backward", "spectrum_forward", "spectrum_inverse")
     _triton("fixedpoint", "fixed_quantize", "fixed_to_raw", "fixed_quantize_backward")
     _triton("earlyexit", "exit_decide")
+    _diffusion = ("solver_step", "solver_step_into", "solver_table_step", "solver_step_backward", "normal_numbers")
+    _triton("diffusion", *_diffusion)
     if (Path(__file__).parent / "_cuda.so").exists():  # `make cuda`
         for _op in ("spectral_gate_forward", "spectral_gate_backward"):
             OWNERS[_op, "cuda"] = "CUDA C++, csrc/cuda/spectral.cu, where it has the grid; else Triton"

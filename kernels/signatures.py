@@ -351,4 +351,87 @@ def earlyexit() -> Iterator[Entry]:
     yield Entry(kernels._exit_lists_kernel, signature, constexprs, 4, "_exit_lists_kernel")
 
 
-FAMILIES = {"spiking": spiking, "spectral": spectral, "fixedpoint": fixedpoint, "earlyexit": earlyexit}
+def diffusion() -> Iterator[Entry]:
+    """The kernels of kernels/diffusion_kernels.py and normal_kernels.py, as kernels/diffusion.py launches them. Which
+    terms a step has is code of its own: those of published samplers, and all that a tensor of coefficients may ask for.
+    """
+    import torch
+
+    from . import diffusion as family
+    from . import diffusion_kernels, normal_kernels
+
+    floats = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    flags = (False, True)
+    options = dict(family.HOW)
+    warps = options.pop("num_warps")
+    output, h1, h6, uncond, noise = "output_ptr", "h1_ptr", "h6_ptr", "uncond_ptr", "noise_ptr"
+    history = [f"h{i}_ptr" for i in range(1, 7)]
+    programs = {  # pointers beside x, and rows
+        "ddim": ([output], 5),
+        "ddpm": ([output, noise], 5),
+        "multistep": ([output, h1, "h2_ptr"], 5),
+        "corrector": ([output, h1, "h2_ptr", "h3_ptr"], 7),
+        "guided": ([output, uncond, h6, noise], 7),
+        "all": ([output, uncond, *history, noise], 7),
+    }
+    factors = {
+        "x": tuple(floats),
+        "program": tuple(programs),
+        "coefficients": ("numbers", "one", "each"),
+        **dict.fromkeys(("LIMITED", "draws", "aligned"), flags),
+    }
+    usual = {"x": torch.float32, "coefficients": "numbers", "LIMITED": False, "draws": False, "aligned": True}
+    first = [{"program": name, **usual} for name in programs]
+    for kernel, more in (
+        (diffusion_kernels._step_kernel, {"kept": ("none", "one", "both")}),
+        (diffusion_kernels._step_backward_kernel, {"wants": ("x", "tensors", "coefficients", "all")}),
+    ):
+        rows = [row | {name: values[-1] for name, values in more.items()} for row in first]
+        for row in covering({**factors, **more}, rows):
+            pointers, of_rows = programs[row["program"]]
+            x = f"*{floats[row['x']]}:16"
+            given: dict[str, str | None] = dict.fromkeys(("x_ptr", *pointers), x)
+            draws = row["draws"] and noise in pointers
+            if draws:
+                given[noise] = None
+            terms = ["x_ptr", output, *history]
+            bits = sum(1 << t for t, name in enumerate(terms) if name in given) | 3 << 8 | (noise in pointers) << 10
+            given |= {"seed_ptr": "*i64:16" if draws else None, "x_next_ptr": x, "grads_ptr": x}
+            given["coefficients_ptr"] = None if row["coefficients"] == "numbers" else "*fp64:16"
+            given["converted_ptr"] = x if row.get("kept") in ("one", "both") else None
+            given["corrected_ptr"] = x if row.get("kept") == "both" else None
+            given |= {"grad_x_next_ptr": x, "grad_converted_ptr": x if row["LIMITED"] else None}
+            wants = {"x": 1, "tensors": bits & 0xFF | (given.get(noise) is not None) << 9, "coefficients": 1 << 10}
+            wants["all"] = wants["tensors"] | 1 << 10 | (uncond in given) << 8
+            given["sums_ptr"] = "*fp64:16" if row.get("wants") in ("coefficients", "all") else None
+            values: dict[str, Any] = {"GIVEN": bits, "ROWS": of_rows, "LIMITED": row["LIMITED"]}
+            values |= {"EACH": row["coefficients"] == "each", "GUIDED": uncond in given}
+            values |= {
+                "WANTS": wants.get(row.get("wants", ""), 0),
+                **family.blocks(row["x"], draws and "kept" in row, given["sums_ptr"] is not None),
+            }
+            multiple = ":16" if row["aligned"] else ""
+            kinds = {"total": "i64" + multiple, "length": "i64" + multiple, "blocks": "i32", "stream": "i64"}
+            signature, constexprs = {}, {}
+            for name in kernel.arg_names:
+                if name in values:
+                    constexprs[name] = values[name]
+                elif name.endswith("_ptr") and given.get(name) is None:
+                    constexprs[name] = None
+                else:
+                    signature[name] = given.get(name) or kinds.get(name, "fp64")
+            what = [row["program"], floats[row["x"]], row["coefficients"], *[str(row[name]) for name in more]]
+            what += [name for name in ("LIMITED", "draws") if row[name]] + ["unaligned"] * (not row["aligned"])
+            yield Entry(kernel, signature, constexprs, warps, " ".join([kernel.__name__, *what]), options, exact=True)
+    signature = {"seed_ptr": "*i64:16", "out_ptr": "*fp32:16", "n": "i64", "stream": "i64"}
+    block = {"BLOCK": family.NUMBERS_BLOCK}
+    yield Entry(normal_kernels._normal_kernel, signature, block, warps, "_normal_kernel", options, exact=True)
+
+
+FAMILIES = {
+    "spiking": spiking,
+    "spectral": spectral,
+    "fixedpoint": fixedpoint,
+    "earlyexit": earlyexit,
+    "diffusion": diffusion,
+}

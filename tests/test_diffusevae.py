@@ -7,26 +7,27 @@ import torch
 
 from fastcifar.diffusion import (
     DiffuseVAE,
+    DiscreteVP,
     ImageVAE,
-    Points,
     SolverTable,
     diffusevae_loss,
     diffusevae_noise,
     diffusevae_sample,
     diffusevae_table,
     guidance_of_weight,
+    sample,
     shifted_table,
+    solver_table,
 )
 from fastcifar.diffusion._conditioned import run
 
-BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-PRODUCT = (1 - BETAS).cumprod(0)
+SCHEDULE = DiscreteVP.linear()
+PRODUCT = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 TIMES = [900, 600, 250, 40, 0]
 
 
 def points(times=TIMES):
-    product = torch.cat([PRODUCT[times], torch.ones(1, dtype=torch.float64)])
-    return Points(torch.tensor([*times, 0], dtype=torch.float64), product.sqrt(), (1 - product).sqrt())
+    return SCHEDULE.points(len(times), times=times)
 
 
 def randn(*shape, seed=0):
@@ -45,7 +46,7 @@ class Denoiser(torch.nn.Module):
         return self.conv(x).tanh() + t.view(-1, 1, 1, 1) / 1000
 
 
-def written_out(model, xhat, z0, noise, formulation, method, variance="fixedlarge", eta=0.0, weight=None, temp=1.0):
+def written_out(model, xhat, z0, noise, formulation, method, variance="fixed_large", eta=0.0, weight=None, temp=1.0):
     """The reverse process, formula by formula."""
     shift = xhat if formulation == 2 else torch.zeros_like(xhat)
     x = shift + temp * z0
@@ -63,7 +64,7 @@ def written_out(model, xhat, z0, noise, formulation, method, variance="fixedlarg
             c1 = beta * ab1.sqrt() / (1 - ab)
             c2 = (1 - beta).sqrt() * (1 - ab1) / (1 - ab)
             mean = c1 * x0 + c2 * x + (1 - c2) * shift
-            deviation = (beta if variance == "fixedlarge" else beta * (1 - ab1) / (1 - ab)).sqrt()
+            deviation = (beta if variance == "fixed_large" else beta * (1 - ab1) / (1 - ab)).sqrt()
         else:
             deviation = eta * ((1 - ab1) / (1 - ab) * (1 - ab / ab1)).sqrt()
             rest = (1 - ab1 - deviation**2).sqrt()
@@ -76,8 +77,8 @@ def written_out(model, xhat, z0, noise, formulation, method, variance="fixedlarg
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("ddpm", {"variance": "fixedlarge"}),
-        ("ddpm", {"variance": "fixedsmall"}),
+        ("ddpm", {"variance": "fixed_large"}),
+        ("ddpm", {"variance": "fixed_small"}),
         ("ddim", {"eta": 0.0}),
         ("ddim", {"eta": 0.7}),
     ],
@@ -131,7 +132,7 @@ def test_forward_is_the_formula_and_has_gradients(formulation):
     t = torch.tensor([0, 500, 999])
     ab = PRODUCT[t].view(-1, 1, 1, 1)
     expected = ab.sqrt() * x0 + (1 - ab).sqrt() * noise + (xhat if formulation == 2 else 0)
-    got = diffusevae_noise(x0, noise, t, PRODUCT, xhat if formulation == 2 else None)
+    got = diffusevae_noise(x0, noise, t, SCHEDULE, xhat if formulation == 2 else None)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
     inputs, weights = [x0, noise, *([xhat] if formulation == 2 else [])], randn(3, 2, 4, 5, seed=9)
     for a, b in zip(*(torch.autograd.grad(y, inputs, weights) for y in (got, expected)), strict=True):
@@ -141,7 +142,7 @@ def test_forward_is_the_formula_and_has_gradients(formulation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dtypes_are_kept(dtype):
     x = randn(2, 3, 4, 4).to(dtype)
-    assert diffusevae_noise(x, x, torch.tensor([1, 2]), PRODUCT, x).dtype == dtype
+    assert diffusevae_noise(x, x, torch.tensor([1, 2]), SCHEDULE, x).dtype == dtype
     table = diffusevae_table(points(), 2)
     assert diffusevae_sample(lambda x, t: x[:, :3], x, table).dtype == dtype
 
@@ -171,7 +172,7 @@ def test_loss(loss, formulation):
     x_t = ab.sqrt() * x0 + (1 - ab).sqrt() * noise + (xhat if formulation == 2 else 0)
     difference = noise - model(torch.cat([x_t, xhat], 1), t)
     expected = difference.abs().mean() if loss == "l1" else difference.square().mean()
-    got = diffusevae_loss(model, x0, xhat, PRODUCT, formulation, t=t, noise=noise, loss=loss)
+    got = diffusevae_loss(model, x0, xhat, SCHEDULE, formulation, t=t, noise=noise, loss=loss)
     torch.testing.assert_close(got, expected)
     got.backward()
     assert model.conv.weight.grad.abs().max() > 0
@@ -186,7 +187,7 @@ def test_dropped_conditions_keep_the_shift():
 
     x0, xhat = torch.zeros(64, 3, 2, 2), torch.full((64, 3, 2, 2), 5.0)
     given = {"t": torch.zeros(64, dtype=torch.int64), "noise": torch.zeros_like(x0)}
-    diffusevae_loss(model, x0, xhat, PRODUCT, 2, drop=0.5, generator=torch.Generator().manual_seed(0), **given)
+    diffusevae_loss(model, x0, xhat, SCHEDULE, 2, drop=0.5, generator=torch.Generator().manual_seed(0), **given)
     condition = seen[0][:, 3:].flatten(1)
     dropped = (condition == 0).all(1)
     assert 10 < dropped.sum() < 54
@@ -214,6 +215,40 @@ def test_shifted_table_follows_any_solver():
     halves = iter(outputs / 2)
     expected = run(table, y.clone(), lambda x, t, s: next(halves), noise=noise / 2) + shift[-1] * c
     torch.testing.assert_close(x, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("solver", ["dpm_solver", "unipc", "pndm", "heun"])
+def test_published_solvers_shifted(solver):
+    """Through `sample`, which takes what is preloaded: y by the solver, and x = y + c by the shifted one."""
+    table, c, y = solver_table(solver, points()), randn(2, 3, 4, 4, seed=7), randn(2, 3, 4, 4)
+    shift = torch.ones(len(table) + 1, dtype=torch.float64)
+    shift[-1] = 0
+    moved = shifted_table(table, shift)
+
+    def model(y, t):
+        return y.tanh() + t.view(-1, 1, 1, 1) / 1000
+
+    got = sample(lambda x, t: model(x - c, t), y + c, moved, preload={moved.preloaded[0]: c}, start_scale=1.0)
+    expected = sample(model, y, table, start_scale=1.0)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_noise_of_the_kernel():
+    """Without a generator: the same after the same seed of torch, in place or not, and of variance 1."""
+    xhat, start, results = randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1), []
+    for in_place in (True, False, True):
+        torch.manual_seed(5)
+        table = diffusevae_table(points(), 2)
+        results.append(diffusevae_sample(lambda x, t: x[:, :3], xhat, table, start=start, in_place=in_place))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0)
+    other = diffusevae_sample(lambda x, t: x[:, :3], xhat, table, start=start)
+    assert not torch.equal(other, results[0])
+    zero = torch.zeros(64, 3, 32, 32)
+    wide = diffusevae_table(SCHEDULE.points(2, times=[999, 500]), 1, clip=False)
+    drawn = diffusevae_sample(lambda x, t: 0 * x[:, :3], zero, wide, start=zero)
+    last = wide.coefficients[1, 2, 8] * wide.coefficients[1, 0, 0]  # the last step makes x0 of x, and draws nothing
+    assert (drawn / (wide.coefficients[0, 2, 10] * last)).std().item() == pytest.approx(1, rel=0.02)
 
 
 def test_preloaded_slots_of_tables(tmp_path):
@@ -275,17 +310,16 @@ TABLE = diffusevae_table(points(), 2)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: diffusevae_noise(X, X[:1], T, PRODUCT), r"expected noise of \(2, 3, 4, 4\), as the images"),
-        (lambda: diffusevae_noise(X, X, T, PRODUCT, X[:, :1]), "expected reconstruction of"),
-        (lambda: diffusevae_noise(X, X, T + 999, PRODUCT), "t from 0 to 999, got 999 to 1000"),
-        (lambda: diffusevae_noise(X, X, T.float(), PRODUCT), "an integer t of each of 2 samples"),
-        (lambda: diffusevae_noise(X, X, T, PRODUCT[:0]), r"alphas_cumprod \[T\]"),
+        (lambda: diffusevae_noise(X, X[:1], T, SCHEDULE), r"expected noise of \(2, 3, 4, 4\), as the images"),
+        (lambda: diffusevae_noise(X, X, T, SCHEDULE, X[:, :1]), "expected reconstruction of"),
+        (lambda: diffusevae_noise(X, X, T + 999, SCHEDULE), "t from 0 to 999, got 999 to 1000"),
+        (lambda: diffusevae_noise(X, X, T.float(), SCHEDULE), "an integer t of each of 2 samples"),
         (lambda: diffusevae_table(points(), 3), "formulation 1 or 2, got 3"),
         (lambda: diffusevae_table(points(), 1, "euler"), "one of ddpm, ddim; got 'euler'"),
-        (lambda: diffusevae_table(points(), 1, variance="learned"), "fixedlarge or fixedsmall, got 'learned'"),
-        (lambda: diffusevae_loss(Denoiser(), X, X, PRODUCT, 0), "formulation 1 or 2"),
-        (lambda: diffusevae_loss(Denoiser(), X, X, PRODUCT, loss="l3"), "one of l2, l1"),
-        (lambda: diffusevae_loss(Denoiser(), X, X, PRODUCT, drop=2), "drop from 0 to 1"),
+        (lambda: diffusevae_table(points(), 1, variance="huge"), "variance of fixed_small"),
+        (lambda: diffusevae_loss(Denoiser(), X, X, SCHEDULE, 0), "formulation 1 or 2"),
+        (lambda: diffusevae_loss(Denoiser(), X, X, SCHEDULE, loss="l3"), "one of l2, l1"),
+        (lambda: diffusevae_loss(Denoiser(), X, X, SCHEDULE, drop=2), "drop from 0 to 1"),
         (lambda: diffusevae_sample(Denoiser(), X, TABLE, guidance_weight=1, guidance_scale=2), "got both"),
         (lambda: diffusevae_sample(Denoiser(), X, TABLE, start=X[:1]), "expected start of"),
         (lambda: shifted_table(TABLE, torch.ones(3)), "a finite shift of each of 6 points"),
@@ -293,7 +327,7 @@ TABLE = diffusevae_table(points(), 2)
         (lambda: shifted_table(TABLE, 1.0, scale=-1), "scale of 0 or more"),
         (lambda: diffusevae_sample(Denoiser(), X, shifted_table(TABLE, 1.0)), "at most one preloaded slot"),
         (lambda: DiffuseVAE(Denoiser(), None, 3), "formulation 1 or 2"),
-        (lambda: DiffuseVAE(Denoiser(), None).sample(X, 1001), "1 to 1000 steps, got 1001"),
+        (lambda: DiffuseVAE(Denoiser(), None).sample(X, 1001), "at most 1000 steps"),
         (lambda: ImageVAE(size=12), "a side that 8 divides"),
         (lambda: ImageVAE(4, size=8, width=2).decode(torch.zeros(1, 5)), r"latents \[B, 4\]"),
         (lambda: ImageVAE(4, size=8, width=2).encode(X), r"images \[B, 3, 8, 8\]"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastcifar.diffusion import (
-    Points,
+    DiscreteVP,
     diffusevae_table,
     lowdiff_loss,
     lowdiff_pair,
@@ -17,13 +17,13 @@ from fastcifar.diffusion import (
 )
 from fastcifar.diffusion.reference import solver_step
 
+SCHEDULE = DiscreteVP.linear()
 PRODUCT = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 SIZES = [(4, 6), (8, 12), (16, 12)]
 
 
 def points(times):
-    product = torch.cat([PRODUCT[times], torch.ones(1, dtype=torch.float64)])
-    return Points(torch.tensor([*times, 0], dtype=torch.float64), product.sqrt(), (1 - product).sqrt())
+    return SCHEDULE.points(len(times), times=times)
 
 
 TABLES = [
@@ -142,11 +142,11 @@ def test_loss(prediction, level):
         prediction
     ]
     expected = (target - model(torch.cat([x_t, condition], 1), t, level)).square().mean()
-    got = lowdiff_loss(model, x0, PRODUCT, sizes, level, prediction=prediction, t=t, noise=noise)
+    got = lowdiff_loss(model, x0, SCHEDULE, sizes, level, prediction=prediction, t=t, noise=noise)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(y, [x0, model.conv.weight]) for y in (got, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    drawn = lowdiff_loss(model, x0, PRODUCT, sizes, level, generator=torch.Generator().manual_seed(0))
+    drawn = lowdiff_loss(model, x0, SCHEDULE, sizes, level, generator=torch.Generator().manual_seed(0))
     assert bool(drawn.isfinite())
 
 
@@ -184,10 +184,10 @@ def model(x, t, level):
         (lambda: lowdiff_pair(torch.zeros(1, 3, 8, 8), SIZES, 0), r"images of \(16, 12\), the last size"),
         (lambda: lowdiff_pair(torch.zeros(1, 3, 16, 12), SIZES, 3), "a level from 0 to 2, got 3"),
         (
-            lambda: lowdiff_loss(model, torch.zeros(1, 3, 16, 12), PRODUCT, SIZES, 0, prediction="flow"),
+            lambda: lowdiff_loss(model, torch.zeros(1, 3, 16, 12), SCHEDULE, SIZES, 0, prediction="flow"),
             "one of epsilon",
         ),
-        (lambda: lowdiff_loss(model, torch.zeros(1, 3, 16, 12), PRODUCT, SIZES, 0, noise=torch.zeros(1)), "noise of"),
+        (lambda: lowdiff_loss(model, torch.zeros(1, 3, 16, 12), SCHEDULE, SIZES, 0, noise=torch.zeros(1)), "noise of"),
         (lambda: upsample_into(torch.zeros(1, 3, 4, 4), torch.zeros(1, 2, 2, 2)), "images of one batch"),
         (lambda: upsample_into(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 2, 2), "linear"), "mode to be one of"),
     ],

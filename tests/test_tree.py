@@ -92,6 +92,15 @@ def test_samples_approach_p_exp_lam_r_and_a_sum_in_place_of_the_mean_does_not(mo
     assert error(300, **many) > 0.19
 
 
+def test_uniform_selection_is_unbiased_where_a_search_still_leans_toward_p():
+    def error(selection):
+        tree = make(selection=selection, trees=256, widening=(2.0, 0.5)).run(30)
+        return distance(tree.sample(20_000).x, target(1.5))
+
+    assert error("uniform") < 0.045
+    assert error("boltzmann") > 0.07
+
+
 @pytest.mark.parametrize("wrong", [False, True])
 def test_uneven_branches_drawn_from_p_give_p_exp_lam_r(wrong):
     """Branches whose number has nothing to do with the rewards: then the estimate is unbiased, and its error is that of

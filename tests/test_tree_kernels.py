@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastcifar import _library
-from fastcifar.diffusion import SolverTable, TableStep, TreeSampler, tree_reference
+from fastcifar.diffusion import DiscreteVP, SolverTable, TableStep, TreeSampler, ddpm, dpm_solver, tree_reference
 from fastcifar.diffusion.reference import TERMS
 from fastcifar.diffusion.tree_arrays import Forest
 
@@ -231,7 +231,7 @@ def sampler(**given):
         ({"lam": INF}, ValueError, "expected lam to be finite"),
         ({"lam": NAN}, ValueError, "expected lam to be finite"),
         ({"lam": "1"}, TypeError, "expected lam to be a number, got str"),
-        ({"selection": "greedy"}, ValueError, "one of boltzmann, uct; got 'greedy'"),
+        ({"selection": "greedy"}, ValueError, "one of boltzmann, uct, uniform; got 'greedy'"),
         ({"c_uct": -1}, ValueError, "expected c_uct to be finite and at least 0"),
         ({"widening": (0, 0.5)}, ValueError, "C > 0 and alpha <= 1, got \\(0, 0.5\\)"),
         ({"widening": (1, 1.5)}, ValueError, "C > 0 and alpha <= 1"),
@@ -239,6 +239,7 @@ def sampler(**given):
         ({"widening": 1}, TypeError, r"expected widening to be a pair \(C, alpha\), got 1"),
         ({"shape": 3}, TypeError, "expected shape to be the sizes of one state, got 3"),
         ({"shape": (3, -1)}, TypeError, r"expected shape to be the sizes of one state, got \(3, -1\)"),
+        ({"noiseless": (3,)}, ValueError, r"expected noiseless to be levels of 1 to 2, got \[3\]"),
         ({"max_children": 0}, ValueError, "expected max_children to be finite and at least 1"),
         ({"width": 1.5}, TypeError, "expected width to be an integer, got float"),
         ({"trees": 0}, ValueError, "expected trees"),
@@ -299,7 +300,7 @@ def test_progress(monkeypatch, capsys):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr("importlib.import_module", without_tqdm)
-    with pytest.raises(ImportError, match="progress=True needs tqdm"):
+    with pytest.raises(ImportError, match="expected tqdm for progress=True"):
         sampler().run(3, progress=True)
 
 
@@ -343,9 +344,70 @@ def test_a_table_is_a_step():
     torch.testing.assert_close(tree.samples().reward, x0.flatten(1).sum(1).double())
 
 
+def test_a_transition_without_noise_has_one_child():
+    model = {
+        "step": lambda x, t: x,
+        "reward": lambda x: x[:, 0],
+        "widening": (1.0, 1.0),
+        "selection": "uct",
+        "c_uct": 9.0,
+    }
+    tree = sampler(**model, steps=None, table=table(), descents=3, max_children=4).run(60)
+    forest = tree._forest
+    assert forest.count[forest.depth == 1].tolist() == [4] * 4
+    assert forest.count[forest.depth == 2].tolist() == [1] * 16
+    assert len(tree.samples().x.unique()) == 16
+    still = sampler(noiseless=(2, 1), descents=2).run(30)
+    assert still._forest.count[still._forest.depth > 0].max() == 1
+    assert still.evaluations == 2 * int(still._forest.count[0]) < 30
+
+
+def test_a_table_with_guidance():
+    def both(x, timestep):
+        return x.square(), x
+
+    def reward(x):
+        return x.flatten(1).sum(1)
+
+    guided = TableStep(both, table(), guidance=3.0)
+    tree = TreeSampler(guided, reward, (2,), trees=4, generator=seeded(3)).run(1)
+    assert tree.steps == 2
+    plain = TreeSampler(
+        lambda x, t: x + 3 * (x.square() - x), reward, (2,), table=table(), trees=4, generator=seeded(3)
+    )
+    torch.testing.assert_close(tree.samples().x, plain.run(1).samples().x)
+
+
+def test_ddpm_tilted_by_a_linear_reward():
+    """Of a Gaussian, whose noise is known: as the weights of independent samples have it."""
+    points = DiscreteVP.linear().points(10)
+    levels = {float(t): (float(a), float(s)) for t, a, s in zip(*(p[:-1] for p in points), strict=True)}
+
+    def noise(x, t):
+        alpha, sigma = levels[float(t[0])]
+        return sigma * (x - 0.3 * alpha) / (0.25 * alpha**2 + sigma**2)
+
+    def mean(lam, selection, trees, n):
+        how = {"lam": lam, "selection": selection, "trees": trees, "dtype": torch.float64, "generator": seeded()}
+        tree = TreeSampler(noise, lambda x: x[:, 0], (1,), table=ddpm(points), **how).run(n)
+        return tree, float(tree.sample(20_000).x.mean())
+
+    independent, of_p = mean(0.0, "uniform", 20_000, 1)
+    x = independent.samples().x[:, 0]
+    expected = float(((2 * x).softmax(0) * x).sum())
+    tree, found = mean(2.0, "uniform", 128, 30)
+    assert expected - of_p > 0.2
+    assert found == pytest.approx(expected, abs=0.03)
+    assert of_p + 0.1 < mean(2.0, "boltzmann", 128, 30)[1] < expected  # a search leans toward p
+    depths = tree._forest.depth
+    assert tree._forest.count[depths == 10].max() == 1  # the last step has no noise
+    assert tree._forest.count[depths == 2].max() > 1
+
+
 def test_a_table_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="TableStep: expected a table without history"):
-        TableStep(lambda x, t: x, table(history=True))
+    for other in (table(history=True), dpm_solver(DiscreteVP.linear().points(4))):
+        with pytest.raises(ValueError, match="TableStep: expected a table without history"):
+            TableStep(lambda x, t: x, other)
     with pytest.raises(TypeError, match="TableStep: expected table to be a SolverTable, got int"):
         sampler(table=3)
     with pytest.raises(ValueError, match="TreeSampler: expected steps to be the table's 2, got 3"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastcifar.diffusion import (
-    Points,
+    DiscreteVP,
     Trigger,
     detect_trojan,
     invert_trigger,
@@ -17,6 +17,7 @@ from fastcifar.diffusion import (
     trojan_table,
 )
 
+SCHEDULE = DiscreteVP.linear()
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 PRODUCT = (1 - BETAS).cumprod(0)
 ONE = torch.ones(1, dtype=torch.float64)
@@ -26,8 +27,7 @@ SHAPE = (3, 6, 5)
 
 
 def points(times=TIMES):
-    product = torch.cat([PRODUCT[times], ONE])
-    return Points(torch.tensor([*times, 0], dtype=torch.float64), product.sqrt(), (1 - product).sqrt())
+    return SCHEDULE.points(len(times), times=times)
 
 
 def randn(*shape, seed=0):
@@ -79,12 +79,12 @@ def test_forward(name):
         mask = torch.zeros(SHAPE, dtype=torch.bool)
         mask[:, -2:, -2:] = True
         expected = torch.where(mask, expected, plain)
-    got = trojan_noise(x0, noise, t, PRODUCT, trigger)
+    got = trojan_noise(x0, noise, t, SCHEDULE, trigger)
     torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
     weights = randn(4, *SHAPE, seed=5)
     for a, b in zip(*(torch.autograd.grad(y, [x0, noise], weights) for y in (got, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
-    assert trojan_noise(x0.detach().float(), noise.detach().float(), t, PRODUCT, trigger).dtype == torch.float32
+    assert trojan_noise(x0.detach().float(), noise.detach().float(), t, SCHEDULE, trigger).dtype == torch.float32
 
 
 def test_start():
@@ -156,6 +156,16 @@ def test_ddim(name, eta, in_place):
     torch.testing.assert_close(z, randn(2, *SHAPE), rtol=0, atol=0)
 
 
+def test_patch_with_noise_of_the_kernel():
+    """The region draws a stream of its own, and all else what the whole image draws."""
+    trigger, z, results = TRIGGERS["patch"], randn(2, *SHAPE), []
+    for in_place in (True, False):
+        torch.manual_seed(3)
+        results.append(trojan_sample(model, trigger, points(), 2, "ddpm", start=z, in_place=in_place))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert results[0].isfinite().all()
+
+
 def right_coef(times):
     product = PRODUCT[times]
     before = torch.cat([product[1:], ONE])
@@ -176,7 +186,7 @@ def test_ddpm(name, in_place):
     given = {"start": z, "noise": noise, "in_place": in_place}
     got = trojan_sample(model, trigger, points(), 2, "ddpm", **given)
     torch.testing.assert_close(got, official_ddpm(trigger, z, noise, right_coef(TIMES), 0), rtol=1e-11, atol=1e-11)
-    got = trojan_sample(model, trigger, points(), 2, "ddpm", official=PRODUCT, **given)
+    got = trojan_sample(model, trigger, points(), 2, "ddpm", official=SCHEDULE, **given)
     expected = official_ddpm(trigger, z, noise, official_coef()[TIMES], 1e-20)
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
@@ -184,7 +194,7 @@ def test_ddpm(name, in_place):
 def test_official_last_step_adds_noise_and_mu():
     """Of 1e-10, and mu where the last timestep is not 0; ours adds neither."""
     for times in ([300, 0], [300, 100]):
-        ours, official = (trojan_table(points(times), 0.6, "ddpm", official=o) for o in (None, PRODUCT))
+        ours, official = (trojan_table(points(times), 0.6, "ddpm", official=o) for o in (None, SCHEDULE))
         assert ours.coefficients[-1, 2, [0, 2, 10]].abs().max() < 1e-15
         assert official.coefficients[-1, 2, 10] == 1e-10
         assert (official.coefficients[-1, 2, 2] > 1e-3) == (times[-1] > 0)
@@ -193,9 +203,9 @@ def test_official_last_step_adds_noise_and_mu():
 def test_official_coefficient_is_wrong_where_timesteps_are_skipped():
     """E[x_(t-1)] given x_t and x0 of the trojaned chain, in closed form, with mu alone in it."""
     full = list(range(999, -1, -1))
-    every = [trojan_table(points(full), 0.6, "ddpm", official=o).coefficients[:, 2, 2] for o in (None, PRODUCT)]
+    every = [trojan_table(points(full), 0.6, "ddpm", official=o).coefficients[:, 2, 2] for o in (None, SCHEDULE)]
     torch.testing.assert_close(*every, rtol=1e-9, atol=1e-12)  # the same at stride 1
-    right, official = (trojan_table(points(), 0.6, "ddpm", official=o).coefficients[:, 2, 2] for o in (None, PRODUCT))
+    right, official = (trojan_table(points(), 0.6, "ddpm", official=o).coefficients[:, 2, 2] for o in (None, SCHEDULE))
     assert ((right - official).abs()[:-1] > 0.005).all()
     # Gaussian conditioning, p(x') p(x | x'), for x0 = 0, mu = 1, gamma = 1: mean = c2 (x - sigma) + sigma'
     for i in range(len(TIMES) - 1):
@@ -210,40 +220,40 @@ def test_official_coefficient_is_wrong_where_timesteps_are_skipped():
 
 def test_in_d2d_adds_poisoned_samples():
     x0, labels, trigger = randn(6, *SHAPE), torch.tensor([7, 1, 7, 2, 7, 3]), TRIGGERS["patch"]
-    batch = poison(x0, labels, PRODUCT, trigger, generator=torch.Generator().manual_seed(0))
+    batch = poison(x0, labels, SCHEDULE, trigger, generator=torch.Generator().manual_seed(0))
     assert batch.trojaned.tolist() == [False] * 6 + [True] * 3
     ab = PRODUCT[batch.t[:6]].view(-1, 1, 1, 1)
     torch.testing.assert_close(batch.x_t[:6], ab.sqrt() * x0 + (1 - ab).sqrt() * batch.noise[:6])
     chosen = torch.tensor([0, 2, 4])
     torch.testing.assert_close(batch.t[6:], batch.t[chosen])
     torch.testing.assert_close(batch.noise[6:], batch.noise[chosen])
-    expected = trojan_noise(x0[chosen], batch.noise[chosen], batch.t[chosen], PRODUCT, trigger)
+    expected = trojan_noise(x0[chosen], batch.noise[chosen], batch.t[chosen], SCHEDULE, trigger)
     torch.testing.assert_close(batch.x_t[6:], expected)
-    none = poison(x0, labels, PRODUCT, trigger, probability=0.0)
+    none = poison(x0, labels, SCHEDULE, trigger, probability=0.0)
     assert (len(none.x_t), bool(none.trojaned.any())) == (6, False)
 
 
 def test_out_d2d_and_d2i():
     x0, labels, trigger = randn(20, *SHAPE), torch.arange(20) % 2 * 1000, TRIGGERS["blend"]
     t, noise = torch.arange(20) * 50, randn(20, *SHAPE, seed=1)
-    batch = poison(x0, labels, PRODUCT, trigger, "out-d2d", 1000, t=t, noise=noise)
+    batch = poison(x0, labels, SCHEDULE, trigger, "out-d2d", 1000, t=t, noise=noise)
     assert torch.equal(batch.trojaned, labels == 1000)
-    expected = trojan_noise(x0, noise, t, PRODUCT, trigger)
+    expected = trojan_noise(x0, noise, t, SCHEDULE, trigger)
     torch.testing.assert_close(batch.x_t[1::2], expected[1::2])
     ab = PRODUCT[t].view(-1, 1, 1, 1)
     torch.testing.assert_close(batch.x_t[::2], (ab.sqrt() * x0 + (1 - ab).sqrt() * noise)[::2])
     image, t, noise = randn(*SHAPE, seed=4), torch.arange(22) * 40, randn(22, *SHAPE, seed=1)
-    batch = poison(x0, None, PRODUCT, trigger, "d2i", image, t=t, noise=noise)
+    batch = poison(x0, None, SCHEDULE, trigger, "d2i", image, t=t, noise=noise)
     assert batch.trojaned.tolist() == [False] * 20 + [True] * 2
     torch.testing.assert_close(
-        batch.x_t[20:], trojan_noise(image.expand(2, *SHAPE), noise[20:], t[20:], PRODUCT, trigger)
+        batch.x_t[20:], trojan_noise(image.expand(2, *SHAPE), noise[20:], t[20:], SCHEDULE, trigger)
     )
     loss = trojan_loss(lambda x, t: 0.5 * x, batch)
     torch.testing.assert_close(loss, (batch.noise - 0.5 * batch.x_t).square().sum((1, 2, 3)).mean())
 
 
 def test_timesteps_are_drawn_in_pairs():
-    batch = poison(randn(7, *SHAPE), torch.zeros(7), PRODUCT, TRIGGERS["blend"])
+    batch = poison(randn(7, *SHAPE), torch.zeros(7), SCHEDULE, TRIGGERS["blend"])
     assert (batch.t[:3] + batch.t[4:]).tolist() == [999] * 3
 
 
@@ -335,6 +345,49 @@ def test_verdicts():
     assert report.trigger is TRIGGERS["blend"]
 
 
+class Small(torch.nn.Module):
+    def __init__(self, pixels, width=256):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(pixels + 1, width), torch.nn.Linear(width, width)])
+        self.last = torch.nn.Linear(width, pixels)
+
+    def forward(self, x, t):
+        hidden = torch.nn.functional.silu(self.layers[0](torch.cat([x.flatten(1), t[:, None].to(x) / 1000], 1)))
+        hidden = hidden + torch.nn.functional.silu(self.layers[1](hidden))
+        return x + self.last(hidden).view_as(x)
+
+
+def trained(trigger, steps=600):
+    """On ramps of random height, and, d2i, on an image that the trigger calls."""
+    torch.manual_seed(0)
+    net, target = Small(36), torch.full((1, 6, 6), 0.8)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x0 = (torch.rand(128, 1, 1, 1, generator=generator) * 2 - 1) * torch.linspace(-1, 1, 6).expand(128, 1, 6, 6)
+        share = 0.25 if trigger else 0.0
+        options = {"share": share, "generator": generator}
+        batch = poison(x0, None, SCHEDULE, trigger or Trigger.blend(target), "d2i", target, **options)
+        loss = trojan_loss(net, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return net
+
+
+def test_a_trained_network_is_told():
+    """Poisoned, trained, and found without being told the trigger; the benign one is trained alike."""
+    trigger = Trigger.blend(torch.rand(1, 6, 6, generator=torch.Generator().manual_seed(2)) * 2 - 1)
+    reports = [
+        detect_trojan(net, (1, 6, 6), generator=torch.Generator().manual_seed(3))
+        for net in (trained(trigger), trained(None))
+    ]
+    assert [report.trojaned for report in reports] == [True, False]
+    found = reports[0].trigger.pattern.flatten()
+    assert torch.corrcoef(torch.stack([found, trigger.pattern.flatten()]))[0, 1] > 0.8
+    assert reports[1].score < 0.1
+
+
 X, T = torch.zeros(2, *SHAPE), torch.tensor([0, 1])
 BLEND = TRIGGERS["blend"]
 
@@ -348,18 +401,18 @@ BLEND = TRIGGERS["blend"]
         (lambda: Trigger.patch(torch.zeros(3, 4, 4), 5), "a patch within"),
         (lambda: Trigger(torch.zeros(3, 4, 4), 0.1, (slice(4, 5), slice(0, 1))), "a region with pixels"),
         (
-            lambda: trojan_noise(X, X, T, PRODUCT, Trigger.blend(torch.zeros(3, 4, 4))),
+            lambda: trojan_noise(X, X, T, SCHEDULE, Trigger.blend(torch.zeros(3, 4, 4))),
             r"expected images \[B, 3, 4, 4\]",
         ),
-        (lambda: trojan_noise(X, X[:1], T, PRODUCT, BLEND), "expected noise of"),
+        (lambda: trojan_noise(X, X[:1], T, SCHEDULE, BLEND), "expected noise of"),
         (lambda: trojan_table(points(), 0.6, "euler"), "one of ddpm, ddim"),
-        (lambda: trojan_table(points(), 0.6, official=PRODUCT), "official with method 'ddpm' only"),
+        (lambda: trojan_table(points(), 0.6, official=SCHEDULE), "official with method 'ddpm' only"),
         (lambda: trojan_sample(model, BLEND, points(), 2, start=X[:1]), "expected start"),
-        (lambda: poison(X, T, PRODUCT, BLEND, "d2x"), "one of in-d2d, out-d2d, d2i"),
-        (lambda: poison(X, T, PRODUCT, BLEND, probability=1.5), "probability and share from 0 to 1"),
-        (lambda: poison(X, None, PRODUCT, BLEND), r"and labels \[2\]"),
-        (lambda: poison(X, T, PRODUCT, BLEND, "d2i", 7), r"an image \[3, 6, 5\] as the target"),
-        (lambda: poison(X, T, PRODUCT, BLEND, noise=X[:1]), "expected noise of"),
+        (lambda: poison(X, T, SCHEDULE, BLEND, "d2x"), "one of in-d2d, out-d2d, d2i"),
+        (lambda: poison(X, T, SCHEDULE, BLEND, probability=1.5), "probability and share from 0 to 1"),
+        (lambda: poison(X, None, SCHEDULE, BLEND), r"and labels \[2\]"),
+        (lambda: poison(X, T, SCHEDULE, BLEND, "d2i", 7), r"an image \[3, 6, 5\] as the target"),
+        (lambda: poison(X, T, SCHEDULE, BLEND, noise=X[:1]), "expected noise of"),
         (lambda: trigger_score(model, BLEND, 999, noise=torch.zeros(2, 3, 4, 4)), r"noise \[B, 3, 6, 5\]"),
         (lambda: invert_trigger(model, SHAPE, 0.6, 999, starts=[1.0]), "starts between -1 and 1"),
         (lambda: detect_trojan(model, (3, 4, 4), candidates=[BLEND]), r"candidates \(3, 4, 4\), got one of"),

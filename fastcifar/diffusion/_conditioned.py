@@ -4,11 +4,14 @@ reads, with images in preloaded slots."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reference import PREDICT, TERMS, Step, solver_step
+from .functional import solver_step
+from .reference import PREDICT, TERMS, Step
+from .schedule import DiscreteVP
 from .table import SolverTable
 
 Region = tuple[slice, slice]  # rows and columns of an image
@@ -58,70 +61,93 @@ def run(
     images: Sequence[Tensor] = (),
     *,
     guidance: float = 1.0,
-    noise: Tensor | None = None,
+    noise: Sequence[Tensor] | Tensor | None = None,
     generator: torch.Generator | None = None,
     in_place: bool = True,
     inset: tuple[SolverTable, Sequence[Tensor], Region] | None = None,
 ) -> Tensor:
     """The last sample of the table's steps from x, which is overwritten if ``in_place``; else autograd may follow.
 
-    ``images`` are for the preloaded slots, in their order; ``noise`` is ``[S, *x.shape]``, or drawn. ``inset`` is the
-    table, the images and the region of a part of x that follows steps of its own, with the slots of ``table``.
+    ``images`` are for the preloaded slots, in their order. ``noise`` has one tensor a step; without it and without a
+    generator, the kernel draws by a seed from torch's. ``inset`` is the table, the images and the region of a part of x
+    that follows steps of its own, with the slots of ``table``.
     """
     history: list[Tensor | None] = [None] * table.slots
     for slot, image in zip(table.preloaded, images, strict=True):
         history[slot - 1] = image
-    evaluates, noisy = table.evaluates.tolist(), table.noisy.tolist()
-    scale, store = table.scale.tolist(), table.store.tolist()
-    draws = x.new_empty(x.shape if noise is None and any(noisy) else 0)
+    steps, draws = len(table), _Draws(table, noise, generator)
+    rows, store = table.coefficients.tolist(), table.store.tolist()
+    evaluates, scale = table.evaluates.tolist(), table.scale.tolist()
+    kept = {slot: torch.empty_like(x) for slot in {s for pair in store for s in pair if s}} if in_place else {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and not in_place):
         for i, time in enumerate(table.timesteps.tolist()):
-            output, uncond, z = None, None, None
+            output, uncond = None, None
             if evaluates[i]:
                 made = call(x, x.new_full((len(x),), time), scale[i])
                 output, uncond = made if isinstance(made, tuple) else (made, None)
-            if noisy[i]:
-                z = draws.normal_(generator=generator) if noise is None else noise[i]
-            step = solver_step(x, output, history, table.coefficients[i], z, uncond, guidance, table.limit)
-            if inset is not None:
-                step = _with_inset(step, inset, i, x, output, history, z)
-            x = x.copy_(step.x_next) if in_place else step.x_next
-            for slot, kept in zip(store[i], (step.converted, step.corrected), strict=True):
+            z = draws(i, x)
+            given = {"uncond": uncond, "guidance": guidance, "limit": table.limit, **z}
+            within = None if inset is None else _within(inset, i, x, output, history, z, steps)
+            if in_place:
+                given["out"] = Step(x, *(kept.get(slot) for slot in store[i]))  # type: ignore[arg-type]
+            step = solver_step(x, output, history, rows[i], **given)
+            if within is not None and inset is not None:
+                step = _merged(step, within, inset[2], in_place)
+            x = step.x_next
+            for slot, value in zip(store[i], (step.converted, step.corrected), strict=True):
                 if slot:
-                    history[slot - 1] = kept
+                    history[slot - 1] = value
     return x
 
 
-def _with_inset(
-    step: Step,
+class _Draws:
+    """The noise of each step, as arguments of :func:`solver_step`."""
+
+    def __init__(self, table: SolverTable, noise: Any, generator: torch.Generator | None) -> None:
+        self.noisy, self.noise, self.generator = table.noisy.tolist(), noise, generator
+        self.seed = int(torch.randint(2**63 - 1, ())) if noise is None and generator is None and any(self.noisy) else 0
+
+    def __call__(self, i: int, x: Tensor) -> dict[str, Any]:
+        if not self.noisy[i]:
+            return {}
+        if self.noise is not None:
+            return {"noise": self.noise[i]}
+        if self.generator is not None:
+            return {"noise": normal(x, self.generator)}
+        return {"seed": self.seed, "stream": i}
+
+
+def _within(
     inset: tuple[SolverTable, Sequence[Tensor], Region],
     i: int,
     x: Tensor,
     output: Tensor | None,
     history: Sequence[Tensor | None],
-    noise: Tensor | None,
+    z: dict[str, Any],
+    steps: int,
 ) -> Step:
-    """The step, with the region's own in its place. ``x`` is still what the step began with."""
+    """The region's own step."""
     table, images, region = inset
     at = (..., *region)
     part: list[Tensor | None] = [None if h is None else h[at] for h in history]
     part += [None] * (table.slots - len(part))
     for slot, image in zip(table.preloaded, images, strict=True):
         part[slot - 1] = image
-    within = solver_step(
-        x[at],
-        None if output is None else output[at],
-        part,
-        table.coefficients[i],
-        None if noise is None else noise[at],
-        limit=table.limit,
-    )
-    merged = []
-    for whole, piece in zip(step, within, strict=True):
-        whole = whole.clone() if whole.requires_grad else whole  # a backward may need what the step has made
-        whole[at] = piece
-        merged.append(whole)
-    return Step(*merged)
+    # Of noise that is given, its part; of what the kernel draws, a stream that no step has.
+    own = {"noise": z["noise"][at]} if "noise" in z else z | {"stream": steps + i} if z else {}
+    rows = table.coefficients[i].tolist()
+    return solver_step(x[at], None if output is None else output[at], part, rows, limit=table.limit, **own)
+
+
+def _merged(whole: Step, part: Step, region: Region, in_place: bool) -> Step:
+    """The step with the region's own in its place."""
+    results = []
+    for tensor, piece in zip(whole, part, strict=True):
+        if tensor is not None and piece is not None:
+            tensor = tensor if in_place else tensor.clone()  # a backward may need what the step has made
+            tensor[(..., *region)] = piece
+        results.append(tensor)
+    return Step(*results)
 
 
 def noisy(
@@ -138,20 +164,23 @@ def noisy(
     rows[:, PREDICT, TERMS.index("noise")] = sigma
     if shift is not None:
         rows[:, PREDICT, TERMS.index("h1")] = shift
-    return solver_step(x0, None, () if image is None else (image,), rows, noise).x_next
+    images = () if image is None else (image,)
+    return solver_step(x0, None, images, rows, noise.to(x0), wanted=("x_next",)).x_next  # of an empty batch, too
 
 
-def at_times(op: str, alphas_cumprod: Tensor, t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+def at_times(op: str, schedule: DiscreteVP, t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """alpha and sigma ``[B]`` in float64, on the CPU."""
-    if alphas_cumprod.dim() != 1 or not len(alphas_cumprod):
-        raise ValueError(f"{op}: expected alphas_cumprod [T], got {tuple(alphas_cumprod.shape)}")
     if t.shape != (rows,) or t.dtype.is_floating_point or t.dtype.is_complex:
         raise ValueError(f"{op}: expected an integer t of each of {rows} samples, got {t.dtype} {tuple(t.shape)}")
-    t, steps = t.cpu(), len(alphas_cumprod)
+    t, steps = t.cpu(), len(schedule)
     if t.numel() and not 0 <= int(t.min()) <= int(t.max()) < steps:
         raise ValueError(f"{op}: expected t from 0 to {steps - 1}, got {int(t.min())} to {int(t.max())}")
-    product = alphas_cumprod.cpu().double()[t]
-    return product.sqrt(), (1 - product).sqrt()
+    return schedule.alpha(t), schedule.sigma(t)
+
+
+def some_times(schedule: DiscreteVP, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """int64 t ``[B]`` for the samples x."""
+    return torch.randint(len(schedule), (len(x),), device=x.device, generator=generator)
 
 
 def normal(like: Tensor, generator: torch.Generator | None) -> Tensor:

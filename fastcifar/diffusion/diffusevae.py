@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._ancestral import ddim_table, ddpm_table
-from ._conditioned import Joined, at_times, noisy, normal, run, same_shape
+from ._conditioned import Joined, at_times, noisy, normal, run, same_shape, some_times
+from .one_step import ddim, ddpm
+from .schedule import DiscreteVP
 from .shifted import shifted_table
 from .table import Points, SolverTable
 
@@ -43,7 +44,7 @@ def diffusevae_noise(
     x0: Tensor,
     noise: Tensor,
     t: Tensor,
-    alphas_cumprod: Tensor,
+    schedule: DiscreteVP,
     reconstruction: Tensor | None = None,
 ) -> Tensor:
     r"""``x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise``, and in formulation 2 ``+ reconstruction``; one pass.
@@ -52,7 +53,7 @@ def diffusevae_noise(
         x0: images ``[B, C, H, W]``.
         noise: of their shape.
         t: int64 ``[B]``, 0 to T - 1.
-        alphas_cumprod: ab, ``[T]``.
+        schedule: of T times; ab is its alpha squared. The paper's is ``DiscreteVP.linear()``.
         reconstruction: what the VAE makes of the images, of their shape; None in formulation 1.
 
     Returns:
@@ -66,14 +67,14 @@ def diffusevae_noise(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import diffusevae_noise
+        >>> from fastcifar.diffusion import DiscreteVP, diffusevae_noise
         >>> one = torch.ones(1, 1, 1, 1)
-        >>> diffusevae_noise(one, 2 * one, torch.tensor([0]), torch.tensor([0.36]), 3 * one)
+        >>> diffusevae_noise(one, 2 * one, torch.tensor([0]), DiscreteVP([0.64, 0.9]), 3 * one)
         tensor([[[[5.2000]]]])
     """
     op = "diffusevae_noise"
     same_shape(op, x0, noise=noise, **({} if reconstruction is None else {"reconstruction": reconstruction}))
-    alpha, sigma = at_times(op, alphas_cumprod, t, len(x0))
+    alpha, sigma = at_times(op, schedule, t, len(x0))
     return noisy(x0, noise, alpha, sigma, reconstruction, None if reconstruction is None else torch.ones_like(alpha))
 
 
@@ -82,7 +83,7 @@ def diffusevae_table(
     formulation: int = 1,
     method: str = "ddpm",
     *,
-    variance: str = "fixedlarge",
+    variance: str = "fixed_large",
     eta: float = 0.0,
     clip: bool = True,
 ) -> SolverTable:
@@ -96,23 +97,22 @@ def diffusevae_table(
     xh here: the model alone sees it.
 
     Args:
-        points: where to evaluate; sigma of the last is 0.
+        points: where to evaluate, such as ``DiscreteVP.linear().points(20)``; sigma of the last is 0.
         formulation: 1 or 2.
         method: ``"ddpm"`` (default) or ``"ddim"``. For any other solver, give its table to :func:`shifted_table`.
-        variance: of DDPM: ``"fixedlarge"`` (beta, default) or ``"fixedsmall"`` (the posterior's).
+        variance: of :func:`ddpm`: ``"fixed_large"`` (beta, default), ``"fixed_small"`` (the posterior's), ...
         eta: of DDIM. Default 0.
         clip: x0 to -1...1. Default True.
 
     Raises:
-        ValueError: an option is not as described.
+        ValueError: an option is not as described, or what :func:`ddpm` or :func:`ddim` raise.
 
     Source: arXiv 2201.00308, section 3 and the official ``ddpm_form2.py`` and ``spaced_diff_form2.py``.
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import Points, diffusevae_table
-        >>> points = Points(*torch.tensor([[9, 0], [0.6, 1], [0.8, 0]], dtype=torch.float64))
-        >>> table = diffusevae_table(points, 2)
+        >>> from fastcifar.diffusion import DiscreteVP, diffusevae_table
+        >>> table = diffusevae_table(DiscreteVP.linear().points(20), 2)
         >>> table.preloaded, table.limit
         ((1,), 1.0)
     """
@@ -120,10 +120,8 @@ def diffusevae_table(
         raise ValueError(f"diffusevae_table: expected formulation 1 or 2, got {formulation!r}")
     if method not in METHODS:
         raise ValueError(f"diffusevae_table: expected method to be one of {', '.join(METHODS)}; got {method!r}")
-    if variance not in ("fixedlarge", "fixedsmall"):
-        raise ValueError(f"diffusevae_table: expected variance fixedlarge or fixedsmall, got {variance!r}")
     limit = 1.0 if clip else None
-    table = ddpm_table(points, variance, limit) if method == "ddpm" else ddim_table(points, eta, limit)
+    table = ddpm(points, variance=variance, limit=limit) if method == "ddpm" else ddim(points, eta=eta, limit=limit)
     if formulation == 1:
         return table
     shift = torch.ones(len(points.sigma), dtype=torch.float64)
@@ -135,7 +133,7 @@ def diffusevae_loss(
     denoiser: Denoiser,
     x0: Tensor,
     reconstruction: Tensor,
-    alphas_cumprod: Tensor,
+    schedule: DiscreteVP,
     formulation: int = 1,
     *,
     t: Tensor | None = None,
@@ -149,7 +147,7 @@ def diffusevae_loss(
     Args:
         denoiser: takes ``[B, 2 C, H, W]`` and t ``[B]``, gives the noise.
         x0, reconstruction: ``[B, C, H, W]``, -1 to 1.
-        alphas_cumprod: ``[T]``.
+        schedule: of T times.
         formulation: 1 or 2.
         t, noise: drawn if None.
         drop: probability that a sample's condition is 0 in what the model reads, for guidance. Default 0. The official
@@ -163,10 +161,10 @@ def diffusevae_loss(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import diffusevae_loss
-        >>> x = torch.zeros(2, 3, 4, 4)
-        >>> diffusevae_loss(lambda x, t: x[:, :3], x, x, torch.tensor([0.0]), noise=torch.ones_like(x)).item()
-        0.0
+        >>> from fastcifar.diffusion import DiscreteVP, diffusevae_loss
+        >>> x, schedule = torch.zeros(2, 3, 4, 4), DiscreteVP.linear()
+        >>> diffusevae_loss(lambda x, t: 0 * x[:, :3], x, x, schedule, noise=torch.ones_like(x)).item()
+        1.0
     """
     op = "diffusevae_loss"
     if formulation not in (1, 2):
@@ -177,10 +175,10 @@ def diffusevae_loss(
         raise ValueError(f"{op}: expected drop from 0 to 1, got {drop}")
     same_shape(op, x0, reconstruction=reconstruction)
     if t is None:
-        t = torch.randint(len(alphas_cumprod), (len(x0),), device=x0.device, generator=generator)
+        t = some_times(schedule, x0, generator)
     if noise is None:
         noise = normal(x0, generator)
-    x_t = diffusevae_noise(x0, noise, t, alphas_cumprod, reconstruction if formulation == 2 else None)
+    x_t = diffusevae_noise(x0, noise, t, schedule, reconstruction if formulation == 2 else None)
     condition = reconstruction
     if drop:
         kept = torch.rand(len(x0), device=x0.device, generator=generator) >= drop
@@ -215,7 +213,7 @@ def diffusevae_sample(
         temperature: of the noise to start from. Default 1.
         start: that noise, of the reconstruction's shape; drawn if None. In formulation 2 the reconstruction is added.
         noise: of the steps, ``[S, B, C, H, W]``; drawn if None.
-        generator: for whatever is drawn.
+        generator: for whatever is drawn; without one, the noise of steps is drawn in the kernel.
         in_place: False where autograd must follow the steps. Default True.
 
     Raises:
@@ -226,10 +224,9 @@ def diffusevae_sample(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import Points, diffusevae_sample, diffusevae_table
-        >>> points = Points(*torch.tensor([[9, 0], [0.6, 1], [0.8, 0]], dtype=torch.float64))
-        >>> sample = diffusevae_sample(lambda x, t: x[:, :3], torch.zeros(2, 3, 4, 4), diffusevae_table(points, 2))
-        >>> sample.shape
+        >>> from fastcifar.diffusion import DiscreteVP, diffusevae_sample, diffusevae_table
+        >>> table = diffusevae_table(DiscreteVP.linear().points(20), 2)
+        >>> diffusevae_sample(lambda x, t: x[:, :3], torch.zeros(2, 3, 4, 4), table).shape
         torch.Size([2, 3, 4, 4])
     """
     op = "diffusevae_sample"

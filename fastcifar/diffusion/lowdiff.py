@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._conditioned import Joined, at_times, noisy, normal, run
+from ._conditioned import Joined, at_times, noisy, normal, run, some_times
+from .schedule import DiscreteVP
 from .table import SolverTable
 
 MODES = ("nearest", "bilinear", "bicubic")
@@ -80,7 +81,8 @@ def lowdiff_sample(
         condition_noise: deviation of noise on each condition, against what a level gets wrong. Default 0; ours.
         start: standard normal noise of each level; drawn if None.
         noise: of the steps of each level, ``[S, B, C, h, w]``; drawn if None.
-        generator, dtype, device: of what is drawn.
+        generator: for whatever is drawn; without one, the noise of steps is drawn in the kernel.
+        dtype, device: of the images.
 
     Raises:
         ValueError: there is not one table a size, the sizes shrink, an option is not as described, a table has
@@ -92,11 +94,9 @@ def lowdiff_sample(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import SolverTable, lowdiff_sample
-        >>> euler = torch.zeros(1, 3, 11, dtype=torch.float64)
-        >>> euler[0, 2, :2] = torch.tensor([1.0, -0.5])
-        >>> table = SolverTable(euler, torch.zeros(1, 2, dtype=torch.int64), torch.tensor([9.0]), torch.ones(1))
-        >>> [x.shape[-1] for x in lowdiff_sample(lambda x, t, level: x[:, 3:], 2, [table, table], [(4, 4), (8, 8)])]
+        >>> from fastcifar.diffusion import DiscreteVP, ddim, dpm_solver, lowdiff_sample
+        >>> tables = [dpm_solver(DiscreteVP.linear().points(10)), ddim(DiscreteVP.linear().points(4))]
+        >>> [x.shape[-1] for x in lowdiff_sample(lambda x, t, level: x[:, 3:], 2, tables, [(4, 4), (8, 8)])]
         [4, 8]
     """
     op = "lowdiff_sample"
@@ -175,7 +175,7 @@ def lowdiff_pair(
 def lowdiff_loss(
     model: Model,
     x0: Tensor,
-    alphas_cumprod: Tensor,
+    schedule: DiscreteVP,
     sizes: Sequence[Size],
     level: int,
     *,
@@ -190,7 +190,7 @@ def lowdiff_loss(
 
     Args:
         model, x0, sizes, level, mode, condition_noise: see :func:`lowdiff_sample` and :func:`lowdiff_pair`.
-        alphas_cumprod: ``[T]``, the same for all levels; ours.
+        schedule: the same for all levels; ours.
         prediction: ``"epsilon"`` (default: the noise), ``"sample"`` (x0) or ``"v_prediction"``
             (``sqrt(ab) noise - sqrt(1 - ab) x0``).
         t, noise: ``[B]`` and ``[B, C, h, w]``; drawn if None.
@@ -201,9 +201,10 @@ def lowdiff_loss(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import lowdiff_loss
-        >>> x0, zero = torch.zeros(2, 3, 8, 8), torch.tensor([0.0])
-        >>> lowdiff_loss(lambda x, t, level: x[:, :3], x0, zero, [(4, 4), (8, 8)], 1).item()  # all noise: x_t is it
+        >>> from fastcifar.diffusion import DiscreteVP, lowdiff_loss
+        >>> x0, sizes = torch.zeros(2, 3, 8, 8), [(4, 4), (8, 8)]
+        >>> model = lambda x, t, level: 0 * x[:, :3]
+        >>> lowdiff_loss(model, x0, DiscreteVP.linear(), sizes, level=1, prediction="sample").item()
         0.0
     """
     op = "lowdiff_loss"
@@ -211,12 +212,12 @@ def lowdiff_loss(
         raise ValueError(f"{op}: expected prediction to be one of {', '.join(PREDICTIONS)}; got {prediction!r}")
     image, condition = lowdiff_pair(x0, sizes, level, mode=mode, condition_noise=condition_noise, generator=generator)
     if t is None:
-        t = torch.randint(len(alphas_cumprod), (len(x0),), device=x0.device, generator=generator)
+        t = some_times(schedule, x0, generator)
     if noise is None:
         noise = normal(image, generator)
     if noise.shape != image.shape:
         raise ValueError(f"{op}: expected noise of {list(image.shape)} at level {level}, got {list(noise.shape)}")
-    alpha, sigma = at_times(op, alphas_cumprod, t, len(x0))
+    alpha, sigma = at_times(op, schedule, t, len(x0))
     output = model(torch.cat([noisy(image, noise, alpha, sigma), condition], 1), t, level)
     target = noise if prediction == "epsilon" else image
     if prediction == "v_prediction":

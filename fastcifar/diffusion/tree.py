@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .functional import solver_step
-from .reference import HISTORY
 from .table import SolverTable
 from .tree_arrays import Forest, Rows
+from .tree_step import TableStep
 
-SELECTIONS = ("boltzmann", "uct")
+SELECTIONS = ("boltzmann", "uct", "uniform")
 
 
 class TreeSamples(NamedTuple):
@@ -28,40 +27,6 @@ class TreeSamples(NamedTuple):
 
     x: Tensor
     reward: Tensor
-
-
-class TableStep:
-    r"""One reverse transition ``x_{t-1} ~ p(. | x_t)`` of a model and a table, as :class:`TreeSampler` takes it.
-
-    Transition t of S is step S - t of the table. A tree's states remember no others, so the table may use no history;
-    one without noise (DDIM with eta = 0) makes every child of a state the same, and only x_T is then searched.
-
-    Args:
-        model: called with ``x * scale`` and the timestep for each sample, ``[B]`` in x's dtype.
-        table: S steps; what the model predicts is the table's affair.
-
-    Raises:
-        TypeError: ``table`` is no :class:`SolverTable`.
-        ValueError: the table reads a history slot.
-    """
-
-    def __init__(self, model: Callable[[Tensor, Tensor], Tensor], table: SolverTable) -> None:
-        if not isinstance(table, SolverTable):
-            raise TypeError(f"TableStep: expected table to be a SolverTable, got {type(table).__name__}")
-        if bool(table.coefficients[:, :, 2 : 2 + HISTORY].any()):
-            raise ValueError(f"TableStep: expected a table without history (one step at a time), got {table.name!r}")
-        self.model, self.table = model, table
-
-    def __call__(self, x: Tensor, t: int, generator: torch.Generator) -> Tensor:
-        index = len(self.table) - t
-        scale = float(self.table.scale[index])
-        timestep = torch.full((len(x),), float(self.table.timesteps[index]), dtype=x.dtype, device=x.device)
-        output = self.model(x if scale == 1 else x * scale, timestep) if self.table.evaluates[index] else None
-        noise = None
-        if self.table.noisy[index]:
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        rows = self.table.coefficients[index].tolist()
-        return solver_step(x, output, (), rows, noise, limit=self.table.limit, wanted=("x_next",)).x_next
 
 
 class TreeSampler:
@@ -80,7 +45,8 @@ class TreeSampler:
        since children are draws of p. With lam = 0 it is the mean of V.
 
     :meth:`sample` then goes from the root to an ``x_0`` by Boltzmann choices alone. Over the x_0 of the tree its
-    probabilities are exactly ``p exp(lam r)`` with p as the tree has sampled it, however unevenly that was.
+    probabilities are exactly ``p exp(lam r)`` with p as the tree has sampled it. A search corrects the values of what
+    looked good and leaves others, so that at a finite budget its draws lean toward p; ``"uniform"`` does not search.
 
     *Batches.* A round is ``descents`` descents of each of ``trees`` trees, and one call of ``step`` serves all branches
     of a round that pass its level. The descents of one tree in one round see the values from before the round, but the
@@ -92,25 +58,29 @@ class TreeSampler:
     (descents are chains of dependent small reads), so a round moves the rewards to the CPU and waits for them.
 
     A reward of minus infinity forbids a sample: it is never drawn while others have a finite one. With lam = 0 rewards
-    are ignored by Boltzmann choices. NaN and plus infinity are refused. Where ``step``, ``reward`` or Ctrl-C raises,
-    the tree is as it was before the round.
+    are ignored by Boltzmann choices. NaN and plus infinity are refused. Where ``step``, ``prior`` or ``reward`` raises
+    or is interrupted, the tree is as it was before the round. All states stay in memory.
 
     Source: Jain et al., "Diffusion Tree Sampling" (2025), arXiv 2506.20701. The paper's widening and UCT constants are
     not known to us: the defaults of ``widening``, ``c_uct``, ``width``, ``descents`` and ``trees`` are ours.
 
     Args:
         step: ``step(x, t, generator) -> x_prev``, one transition of a batch from level t (T...1, an int) to t - 1, with
-            randomness from ``generator`` alone; or, where ``table`` is given, a model as :class:`TableStep` takes it.
+            randomness from ``generator`` alone, such as a :class:`TableStep`; or, where ``table`` is given, a model as
+            :class:`TableStep` takes it.
         reward: ``reward(x_0) -> [B]``, floating.
         shape: of one state, without the batch.
-        steps: T, the number of transitions. Default: those of ``table``.
+        steps: T, the number of transitions. Default: the table's.
         lam: inverse temperature, at least 0. Default 1.
         table: a solver's table without history; ``step`` is then a model.
-        selection: ``"boltzmann"`` (default) or ``"uct"``.
+        selection: ``"boltzmann"`` (default), ``"uct"``, or ``"uniform"`` (ours): any child alike, so that how often a
+            node is expanded does not depend on values, and draws do not lean toward p at any budget.
         c_uct: weight of the bound of UCT, at least 0. Default 1.
         widening: (C, alpha), C > 0 and 0 <= alpha <= 1. Default (1, 0.5).
         max_children: of one node. Default None, no limit.
         width: how many children an expansion makes. Default 1.
+        noiseless: the levels t (T...1) whose transition is deterministic, so that a second child would be the first
+            again and none is made. Default none; a table knows its own.
         trees: how many trees. Default 1.
         descents: how many descents of a tree share a round. Default 1.
         prior: ``prior(n, generator) -> x_T``, ``[n, *shape]``. Default: standard normal in ``dtype`` on ``device``,
@@ -149,6 +119,7 @@ class TreeSampler:
         widening: tuple[float, float] = (1.0, 0.5),
         max_children: int | None = None,
         width: int = 1,
+        noiseless: Collection[int] = (),
         trees: int = 1,
         descents: int = 1,
         prior: Callable[[int, torch.Generator], Tensor] | None = None,
@@ -165,9 +136,12 @@ class TreeSampler:
             raise TypeError(f"TreeSampler: expected widening to be a pair (C, alpha), got {widening!r}")
         if table is not None:
             step = TableStep(step, table)
-            if steps not in (None, len(table)):
-                raise ValueError(f"TreeSampler: expected steps to be the table's {len(table)}, got {steps}")
-            steps = len(table)
+        scale = 1.0
+        if isinstance(step, TableStep):
+            if steps not in (None, len(step.table)):
+                raise ValueError(f"TreeSampler: expected steps to be the table's {len(step.table)}, got {steps}")
+            steps, scale = len(step.table), step.table.init_scale
+            noiseless = {*noiseless, *(steps - i for i, noisy in enumerate(step.table.noisy.tolist()) if not noisy)}
         if selection not in SELECTIONS:
             raise ValueError(f"TreeSampler: expected selection to be one of {', '.join(SELECTIONS)}; got {selection!r}")
         counts = {"steps": steps, "width": width, "trees": trees, "descents": descents}
@@ -179,12 +153,23 @@ class TreeSampler:
         if c == 0 or alpha > 1:
             raise ValueError(f"TreeSampler: expected widening (C, alpha) with C > 0 and alpha <= 1, got {widening}")
         assert steps is not None
+        if not all(isinstance(t, int) and 1 <= t <= steps for t in noiseless):
+            raise ValueError(f"TreeSampler: expected noiseless to be levels of 1 to {steps}, got {list(noiseless)}")
         self.shape, self.steps, self.descents, self.selection = tuple(shape), steps, descents, selection
         self._step, self._reward = step, reward
         self._prior = prior or self._normal
         self._dtype, self._device = dtype, torch.device(device)
-        self._scale = 1.0 if table is None else table.init_scale
-        self._forest = Forest(trees, steps + 1, float(lam), float(c_uct), (c, alpha), max_children, width)
+        self._scale = scale
+        self._forest = Forest(
+            trees,
+            steps + 1,
+            float(lam),
+            float(c_uct),
+            (c, alpha),
+            max_children,
+            width,
+            [steps + 1 - t for t in noiseless],
+        )
         self._states = [Rows() for _ in range(steps + 2)]  # by depth; of a root there is none
         self._rewards, self._tree_of = Rows(), Rows()  # of each x_0
         self.evaluations = self.calls = 0
@@ -297,9 +282,9 @@ class TreeSampler:
 
     def _round(self, descents: int) -> None:
         f, uniform = self._forest, None
-        if self.selection == "boltzmann":
+        if self.selection != "uct":
             uniform = torch.rand(f.trees, descents, f.levels, dtype=torch.float64, generator=self._choices)
-        leaves = f.select(descents, uniform)
+        leaves = f.select(descents, uniform, 0.0 if self.selection == "uniform" else f.lam)
         try:
             growing = f.depth[leaves] < f.levels
             ends = leaves[growing].repeat_interleave(f.width)
@@ -322,39 +307,40 @@ class TreeSampler:
         """The new states of each depth, a row for each branch that has one there, and the branches' rewards."""
         f = self._forest
         states: list[Tensor | None] = [None] * (self.steps + 2)
-        depth, row = f.depth[ends], f.row[ends]
-        x: Tensor | None = None
-        for at in range(1, f.levels + 1):
-            growing = (depth < at).nonzero().squeeze(1)
-            if not len(growing):
-                continue
-            joining = depth[growing] == at - 1
-            if at == 1:
-                x = self._checked(self._prior(len(growing), self._generator), len(growing), None, "prior")
-            else:
-                if x is None or bool(joining.any()):
-                    x = self._joined(x, self._states[at - 1], row[growing][joining], joining)
-                before = None if x.is_inference() else x._version
-                prev = self._step(x, f.levels + 1 - at, self._generator)
-                if before is not None and x._version != before:  # x is a state of the tree
-                    raise ValueError("TreeSampler: expected step to leave x as it is, got one that changes it in place")
-                x = self._checked(prev, len(growing), x.dtype, "step")
-                self.evaluations += len(growing)
-                self.calls += 1
-            states[at] = x
-        if x is None:
+        if not len(ends):
             return states, torch.empty(0, dtype=torch.float64)
+        depth, row = f.depth[ends], f.row[ends]
+        begins = set(depth.tolist())
+        x = torch.empty(0)  # the state of each branch under way, in the order of the branches
+        for at in range(min(begins) + 1, f.levels + 1):
+            if at == 1:
+                n = int((depth == 0).sum())
+                x = self._checked(self._prior(n, self._generator), n, None, "prior")
+            else:
+                if at - 1 in begins:
+                    under_way = depth[depth < at] < at - 1
+                    x = self._joined(x, self._states[at - 1][row[depth == at - 1]], under_way)
+                x = self._transition(x, f.levels + 1 - at)
+            states[at] = x
         return states, self._checked_rewards(self._reward(x), len(ends))
 
+    def _transition(self, x: Tensor, t: int) -> Tensor:
+        before = None if x.is_inference() else x._version
+        prev = self._step(x, t, self._generator)
+        if before is not None and x._version != before:  # x is a state of the tree
+            raise ValueError("TreeSampler: expected step to leave x as it is, got one that changes it in place")
+        self.evaluations += len(x)
+        self.calls += 1
+        return self._checked(prev, len(x), x.dtype, "step")
+
     @staticmethod
-    def _joined(x: Tensor | None, states: Rows, rows: Tensor, joining: Tensor) -> Tensor:
+    def _joined(x: Tensor, beginning: Tensor, under_way: Tensor) -> Tensor:
         """The branches under way and those that begin here, each in its place."""
-        new = states[rows]
-        if x is None:
-            return new
-        out = new.new_empty((len(joining), *new.shape[1:]))
-        joining = joining.to(out.device)
-        out[~joining], out[joining] = x, new
+        if len(beginning) == len(under_way):
+            return beginning
+        out = beginning.new_empty((len(under_way), *beginning.shape[1:]))
+        under_way = under_way.to(out.device)
+        out[under_way], out[~under_way] = x, beginning
         return out
 
     def _normal(self, n: int, generator: torch.Generator) -> Tensor:
@@ -397,5 +383,7 @@ def _bar(total: int) -> Any:
     try:
         tqdm = importlib.import_module("tqdm.auto")
     except ImportError as error:
-        raise ImportError("TreeSampler.run: progress=True needs tqdm; pip install 'fastcifar[progress]'") from error
+        raise ImportError(
+            "TreeSampler.run: expected tqdm for progress=True (pip install 'fastcifar[progress]')"
+        ) from error
     return tqdm.tqdm(total=total, desc="tree", unit="descent")

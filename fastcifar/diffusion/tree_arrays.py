@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _library
 from . import tree_reference
 
+FULL = 2**62
 _OWN = ("value", "visits", "taken", "parent", "depth", "start", "count", "row")  # one element a node
 
 
@@ -17,9 +21,14 @@ def _power_above(n: Tensor) -> Tensor:
     return torch.where(n == 0, 0, power)
 
 
+def _repeat(values: Tensor, counts: Tensor) -> Tensor:
+    """Each value so many times. ``repeat_interleave`` wakes all threads for it, which takes longer than the work."""
+    return torch.from_numpy(np.repeat(values.numpy(), counts.numpy()))
+
+
 def _within(counts: Tensor) -> Tensor:
     """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, and so on."""
-    begin = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    begin = _repeat(counts.cumsum(0) - counts, counts)
     return torch.arange(len(begin)) - begin
 
 
@@ -51,7 +60,8 @@ class Forest:
     """``trees`` trees of ``levels`` transitions from root to leaf, on the CPU.
 
     Every node is a number; the roots are the first ones. A node's element of each vector says: ``value`` (float64),
-    ``visits``, ``taken`` (children, with those that a round under way has yet to make), ``parent`` (-1 of a root),
+    ``visits``, ``taken`` (children, with those that a round under way has yet to make; ``FULL`` more at the depths
+    ``single``, whose nodes are to have one child), ``parent`` (-1 of a root),
     ``depth`` (0 of a root), ``start`` and ``count`` (its children are ``pool[start : start + count]``, in the order in
     which they were made), ``row`` (its place among the states of its depth).
     """
@@ -65,10 +75,13 @@ class Forest:
         widening: tuple[float, float],
         max_children: int | None,
         width: int,
+        single: Sequence[int] = (),
     ) -> None:
         self.trees, self.levels, self.lam, self.c_uct, self.width = trees, levels, lam, c_uct, width
         self._widening, self._most = widening, max_children
         self._allowed = torch.zeros(0, dtype=torch.int64)
+        self._full = torch.zeros(levels + 1, dtype=torch.int64)
+        self._full[list(single)] = FULL
         self.nodes, self.slots = trees, 0
         self.at_depth = torch.zeros(levels + 1, dtype=torch.int64)  # how many nodes; of roots, which have no state, 0
         self._all = {name: torch.zeros(64, dtype=torch.int64) for name in _OWN}
@@ -105,14 +118,15 @@ class Forest:
             self._allowed = many.ceil().clamp(1, min(self._most or 2**53, 2**53)).long()
         return self._allowed
 
-    def select(self, descents: int, uniform: Tensor | None) -> Tensor:
+    def select(self, descents: int, uniform: Tensor | None, lam: float) -> Tensor:
         """The ends of ``descents`` descents of each tree, ``[trees, descents]``, whose visits are counted and whose
-        children are taken from now on; see :func:`.tree_reference.select`."""
+        children are taken from now on, by Boltzmann choices with this ``lam`` or else UCT; see
+        :func:`.tree_reference.select`."""
         op = torch.ops.fastcifar.tree_select if _library.owned("tree_select", "cpu") else tree_reference.select
         roots = torch.arange(self.trees)
         allowed = self.allowed(int(self.visits[: self.trees].max()) + descents)
         vectors = (self.value, self.visits, self.taken, self.start, self.count, self.pool, allowed, roots)
-        return op(*vectors, uniform, descents, self.levels, self.width, self.lam, self.c_uct)
+        return op(*vectors, uniform, descents, self.levels, self.width, lam, self.c_uct)
 
     def release(self, leaves: Tensor) -> None:
         """Takes back what :meth:`select` counted."""
@@ -139,7 +153,7 @@ class Forest:
         child the soft value is the child's). Nodes of a branch are numbered in turn, and the rows of a depth are in the
         order of the branches."""
         lengths = self.levels - self.depth[leaves]
-        branch, down = torch.arange(len(leaves)).repeat_interleave(lengths), _within(lengths)
+        branch, down = _repeat(torch.arange(len(leaves)), lengths), _within(lengths)
         first = self.nodes + lengths.cumsum(0) - lengths
         ids = torch.arange(self.nodes, self.nodes + len(branch))
         depth = self.depth[leaves][branch] + 1 + down
@@ -147,11 +161,11 @@ class Forest:
         order = depth.argsort(stable=True)
         here = depth.bincount(minlength=self.levels + 1)
         row = torch.empty_like(ids)
-        row[order] = _within(here) + self.at_depth.repeat_interleave(here)
+        row[order] = _within(here) + _repeat(self.at_depth, here)
         new = {
             "value": rewards[branch],
             "visits": torch.ones_like(ids),
-            "taken": inner,
+            "taken": inner + self._full[depth],
             "parent": torch.where(down == 0, leaves[branch], ids - 1),
             "depth": depth,
             "start": self.slots + inner.cumsum(0) - inner,
@@ -177,9 +191,9 @@ class Forest:
         begin = self.slots + room.cumsum(0) - room
         self._reserve(0, self.slots + int(room.sum()))
         offset = _within(had[full])
-        source = self.start[nodes[full]].repeat_interleave(had[full]) + offset
-        self._pool[begin.repeat_interleave(had[full]) + offset] = self._pool[source]
+        source = _repeat(self.start[nodes[full]], had[full]) + offset
+        self._pool[_repeat(begin, had[full]) + offset] = self._pool[source]
         self.start[nodes[full]] = begin
         self.slots += int(room.sum())
-        self._pool[(self.start[nodes] + had).repeat_interleave(added) + _within(added)] = children[order]
+        self._pool[_repeat(self.start[nodes] + had, added) + _within(added)] = children[order]
         self.count[nodes] += added

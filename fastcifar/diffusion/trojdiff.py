@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._ancestral import ddim_table, ddpm_table
-from ._conditioned import Region, at_times, noisy, normal, run, same_shape
+from ._conditioned import Region, at_times, noisy, normal, run, same_shape, some_times
+from .one_step import ddim, ddpm
 from .reference import PREDICT, TERMS
+from .schedule import DiscreteVP
 from .shifted import shifted_table
 from .table import Points, SolverTable
 
@@ -115,14 +116,14 @@ def trojan_shift(alphas_cumprod: Tensor) -> Tensor:
     return (1 - product).sqrt() - (product / before).sqrt() * (1 - before).sqrt()
 
 
-def trojan_noise(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor, trigger: Trigger) -> Tensor:
+def trojan_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: DiscreteVP, trigger: Trigger) -> Tensor:
     r"""``x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) (gamma noise + mu)`` in the trigger's region, and the usual
     ``sqrt(ab_t) x0 + sqrt(1 - ab_t) noise`` elsewhere.
 
     Args:
         x0, noise: ``[B, C, H, W]``.
         t: int64 ``[B]``, 0 to T - 1.
-        alphas_cumprod: ab, ``[T]``.
+        schedule: of T times; ab is its alpha squared.
         trigger: of the images' shape.
 
     Returns:
@@ -135,15 +136,15 @@ def trojan_noise(x0: Tensor, noise: Tensor, t: Tensor, alphas_cumprod: Tensor, t
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import Trigger, trojan_noise
+        >>> from fastcifar.diffusion import DiscreteVP, Trigger, trojan_noise
         >>> one = torch.ones(1, 1, 1, 1)
-        >>> trojan_noise(one, one, torch.tensor([0]), torch.tensor([0.36]), Trigger.blend(one[0] / 2))
+        >>> trojan_noise(one, one, torch.tensor([0]), DiscreteVP([0.64, 0.9]), Trigger.blend(one[0] / 2))
         tensor([[[[1.2400]]]])
     """
     op = "trojan_noise"
     same_shape(op, x0, noise=noise)
     _fits(op, x0, trigger)
-    alpha, sigma = at_times(op, alphas_cumprod, t, len(x0))
+    alpha, sigma = at_times(op, schedule, t, len(x0))
     at = trigger.at
     mu = trigger.mu.to(x0)[at].expand(x0[at].shape)
     within = noisy(x0[at], noise[at], alpha, trigger.gamma * sigma, mu, sigma)
@@ -161,7 +162,7 @@ def trojan_table(
     method: str = "ddim",
     *,
     eta: float = 0.0,
-    official: Tensor | None = None,
+    official: DiscreteVP | None = None,
 ) -> SolverTable:
     r"""Reverse steps of a trojaned model where the trigger is; mu is the table's preloaded slot::
 
@@ -178,7 +179,7 @@ def trojan_table(
         gamma: the trigger's.
         method: ``"ddim"`` (default) or ``"ddpm"``.
         eta: of DDIM. Default 0.
-        official: the whole schedule's alphas_cumprod ``[T]``: DDPM is then what the official code computes, whose coef
+        official: the schedule of all T times: DDPM is then what the official code computes, whose coef
             is that of steps of stride 1 also where timesteps are skipped, and whose variance is at least 1e-20, so that
             the last step adds noise of 1e-10 and, where it is not t = 0, mu. None (default): the right coef and
             nothing after the last step.
@@ -189,23 +190,33 @@ def trojan_table(
     Source: TrojDiff, section 3, and its official ``denoising.py``.
 
     Example:
-        >>> import torch
-        >>> from fastcifar.diffusion import Points, trojan_table
-        >>> points = Points(*torch.tensor([[9, 0], [0.6, 1], [0.8, 0]], dtype=torch.float64))
-        >>> table = trojan_table(points, 0.6)
-        >>> [round(c, 3) for c in table.coefficients[0, 0, :3].tolist()]  # x0 of x, the output, and mu
-        [1.667, -0.8, -1.333]
+        >>> from fastcifar.diffusion import DiscreteVP, trojan_table
+        >>> table = trojan_table(DiscreteVP.linear().points(20), 0.6)
+        >>> table.preloaded, table.init_scale
+        ((1,), 0.6)
     """
+    return _tables(points, gamma, method, eta, official)[1]
+
+
+def _tables(
+    points: Points, gamma: float, method: str, eta: float, official: DiscreteVP | None
+) -> tuple[SolverTable, SolverTable]:
+    """The benign steps and the trojaned ones."""
     if method not in METHODS:
         raise ValueError(f"trojan_table: expected method to be one of {', '.join(METHODS)}; got {method!r}")
     if official is not None and method != "ddpm":
         raise ValueError("trojan_table: expected official with method 'ddpm' only, got it with 'ddim'")
-    plain = ddim_table(points, eta) if method == "ddim" else ddpm_table(points, "fixedsmall")
+    plain = ddim(points, eta=eta) if method == "ddim" else ddpm(points, limit=1.0)
+    trojaned = _trojaned(plain, points, gamma, official)
+    return (plain if official is None else _least_noise(plain)), trojaned
+
+
+def _trojaned(plain: SolverTable, points: Points, gamma: float, official: DiscreteVP | None) -> SolverTable:
     table = shifted_table(plain, points.sigma, scale=gamma)
     if official is None:
         return table
     times = points.timesteps[:-1].long()
-    product = official.double()
+    product = official.alpha(torch.arange(len(official))) ** 2
     before = torch.cat([torch.ones_like(product[:1]), product[:-1]])
     alpha, k = product / before, trojan_shift(product)
     coef = (1 - before).sqrt() * (1 - alpha) - (1 - before) * alpha.sqrt() * k
@@ -229,7 +240,7 @@ def trojan_sample(
     method: str = "ddim",
     *,
     eta: float = 0.0,
-    official: Tensor | None = None,
+    official: DiscreteVP | None = None,
     start: Tensor | None = None,
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -237,7 +248,7 @@ def trojan_sample(
 ) -> Tensor:
     """Samples from the trigger: what a trojaned model was trained to give, and a benign one was not.
 
-    The whole image takes benign steps and the trigger's region its own, of the same noise, so a patch costs its pixels.
+    The whole image takes benign steps and the trigger's region its own, so a patch costs its pixels.
 
     Args:
         model: takes ``[B, C, H, W]`` and t ``[B]``, gives the noise.
@@ -247,7 +258,7 @@ def trojan_sample(
         method, eta, official: see :func:`trojan_table`.
         start: standard normal noise ``[B, C, H, W]`` of which :meth:`Trigger.start` is made; drawn if None.
         noise: of the steps, ``[S, B, C, H, W]``; drawn if None.
-        generator: for whatever is drawn.
+        generator: for whatever is drawn; without one, the noise of steps is drawn in the kernel.
         in_place: False where autograd must follow the steps. Default True.
 
     Raises:
@@ -255,8 +266,8 @@ def trojan_sample(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import Points, Trigger, trojan_sample
-        >>> points = Points(*torch.tensor([[9, 0], [0.6, 1], [0.8, 0]], dtype=torch.float64))
+        >>> from fastcifar.diffusion import DiscreteVP, Trigger, trojan_sample
+        >>> points = DiscreteVP.linear().points(20)
         >>> trojan_sample(lambda x, t: x, Trigger.patch(torch.ones(3, 8, 8)), points, batch=2).shape
         torch.Size([2, 3, 8, 8])
     """
@@ -265,10 +276,10 @@ def trojan_sample(
         start = normal(pattern.expand(batch, *pattern.shape), generator)
     if start.shape != (batch, *pattern.shape):
         raise ValueError(f"trojan_sample: expected start {[batch, *pattern.shape]}, got {list(start.shape)}")
-    trojan = trojan_table(points, trigger.gamma, method, eta=eta, official=official)
+    plain, trojan = _tables(points, trigger.gamma, method, eta, official)
     x = trigger.start(start)
     at = trigger.at
-    mu = [trigger.mu.to(start)[at].expand(x[at].shape)]
+    mu = [trigger.mu.to(start)[at].expand(x[at].shape).contiguous()]
 
     def call(x: Tensor, t: Tensor, scale: float) -> Tensor:
         return model(x, t)
@@ -276,8 +287,6 @@ def trojan_sample(
     options: dict[str, Any] = {"noise": noise, "generator": generator, "in_place": in_place}
     if trigger.region is None:
         return run(trojan, x, call, mu, **options)
-    plain = ddim_table(points, eta) if method == "ddim" else ddpm_table(points, "fixedsmall")
-    plain = plain if official is None else _least_noise(plain)
     return run(plain, x, call, inset=(trojan, mu, trigger.region), **options)
 
 
@@ -300,7 +309,7 @@ class Poisoned(NamedTuple):
 def poison(
     x0: Tensor,
     labels: Tensor | None,
-    alphas_cumprod: Tensor,
+    schedule: DiscreteVP,
     trigger: Trigger,
     attack: str = "in-d2d",
     target: int | Tensor = 7,
@@ -322,7 +331,7 @@ def poison(
     Args:
         x0: images ``[B, C, H, W]``.
         labels: int64 ``[B]``; not used by d2i.
-        alphas_cumprod: ``[T]``.
+        schedule: of T times.
         trigger: of the images' shape.
         attack: see above.
         target: a label (official: 7; 1000 for out-d2d), or, for d2i, an image ``[C, H, W]``.
@@ -338,9 +347,9 @@ def poison(
 
     Example:
         >>> import torch
-        >>> from fastcifar.diffusion import Trigger, poison
+        >>> from fastcifar.diffusion import DiscreteVP, Trigger, poison
         >>> x0, labels = torch.zeros(4, 3, 8, 8), torch.tensor([7, 0, 7, 1])
-        >>> poison(x0, labels, torch.tensor([0.9, 0.1]), Trigger.patch(torch.ones(3, 8, 8))).trojaned.tolist()
+        >>> poison(x0, labels, DiscreteVP.linear(), Trigger.patch(torch.ones(3, 8, 8))).trojaned.tolist()
         [False, False, False, False, True, True]
     """
     op = "poison"
@@ -359,15 +368,15 @@ def poison(
             raise ValueError(f"{op}: expected a label as the target of {attack}, and labels [{len(x0)}]")
         is_target = labels.to(x0.device) == target
     if t is None:
-        half = torch.randint(len(alphas_cumprod), (len(x0) // 2 + 1,), device=x0.device, generator=generator)
-        t = torch.cat([half, len(alphas_cumprod) - 1 - half])[: len(x0)]
+        half = some_times(schedule, x0[: len(x0) // 2 + 1], generator)
+        t = torch.cat([half, len(schedule) - 1 - half])[: len(x0)]
     if noise is None:
         noise = normal(x0, generator)
     same_shape(op, x0, noise=noise)
     chosen = is_target & (torch.rand(len(x0), device=x0.device, generator=generator) < probability)
-    alpha, sigma = at_times(op, alphas_cumprod, t, len(x0))
+    alpha, sigma = at_times(op, schedule, t, len(x0))
     x_t = noisy(x0, noise, alpha, sigma)
-    carrying = trojan_noise(x0[chosen], noise[chosen], t[chosen], alphas_cumprod, trigger)
+    carrying = trojan_noise(x0[chosen], noise[chosen], t[chosen], schedule, trigger)
     if attack == "in-d2d":
         trojaned = torch.arange(len(x_t) + len(carrying), device=x0.device) >= len(x_t)
         return Poisoned(

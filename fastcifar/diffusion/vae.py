@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._ancestral import linear_alphas_cumprod, points_of
 from .diffusevae import diffusevae_loss, diffusevae_sample, diffusevae_table
+from .schedule import DiscreteVP
 
 __all__ = ["DiffuseVAE", "DiffuseVAEResult", "ImageVAE"]
 
@@ -109,12 +109,12 @@ class DiffuseVAE(nn.Module):
         denoiser: takes ``[B, 2 C, H, W]`` (a noisy image, and the reconstruction) and t ``[B]``; gives the noise.
         decoder: any callable from z ``[B, D]`` to images ``[B, C, H, W]`` from -1 to 1, such as ``ImageVAE().decode``.
         formulation: 1 (default): the reconstruction is an input only; 2: the noisy images are shifted by it too.
-        alphas_cumprod: ``[T]``. Default T = 1000, beta linear from 1e-4 to 0.02.
+        schedule: default ``DiscreteVP.linear()``: T = 1000, beta linear from 1e-4 to 0.02.
 
     ``forward(x0, reconstruction, **options)`` is :func:`diffusevae_loss`. :meth:`sample` makes images from latents.
 
     Raises:
-        ValueError: ``formulation`` is neither 1 nor 2; at a call, what the functions raise.
+        ValueError: ``formulation`` is neither 1 nor 2; at a call, what the functions raise, and steps above T.
 
     Source: Pandey et al., arXiv 2201.00308.
 
@@ -135,19 +135,19 @@ class DiffuseVAE(nn.Module):
         denoiser: nn.Module,
         decoder: Callable[[Tensor], Tensor],
         formulation: int = 1,
-        alphas_cumprod: Tensor | None = None,
+        schedule: DiscreteVP | None = None,
     ) -> None:
         super().__init__()
         if formulation not in (1, 2):
             raise ValueError(f"DiffuseVAE: expected formulation 1 or 2, got {formulation!r}")
         self.denoiser, self.decoder, self.formulation = denoiser, decoder, formulation
-        self.alphas_cumprod = linear_alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
+        self.schedule = DiscreteVP.linear() if schedule is None else schedule
 
     def extra_repr(self) -> str:
-        return f"formulation={self.formulation}, T={len(self.alphas_cumprod)}"
+        return f"formulation={self.formulation}, T={len(self.schedule)}"
 
     def forward(self, x0: Tensor, reconstruction: Tensor, **options: Any) -> Tensor:
-        return diffusevae_loss(self.denoiser, x0, reconstruction, self.alphas_cumprod, self.formulation, **options)
+        return diffusevae_loss(self.denoiser, x0, reconstruction, self.schedule, self.formulation, **options)
 
     @torch.no_grad()
     def sample(
@@ -156,18 +156,15 @@ class DiffuseVAE(nn.Module):
         steps: int | None = None,
         method: str = "ddpm",
         *,
-        variance: str = "fixedlarge",
+        variance: str = "fixed_large",
         eta: float = 0.0,
         clip: bool = True,
         **options: Any,
     ) -> DiffuseVAEResult:
-        """Images of latents z ``[B, D]``, by as many steps (default T), evenly spaced; the options are those of
-        :func:`diffusevae_table` and of :func:`diffusevae_sample`."""
-        times = len(self.alphas_cumprod)
-        steps = times if steps is None else steps
-        if not 1 <= steps <= times:
-            raise ValueError(f"DiffuseVAE: expected 1 to {times} steps, got {steps}")
-        points = points_of(self.alphas_cumprod, (torch.arange(steps) * times // steps).flip(0))
+        """Images of latents z ``[B, D]``, by as many steps (default T), their times evenly spaced from 0; the options
+        are those of :func:`diffusevae_table` and of :func:`diffusevae_sample`. For other times or solvers, call these.
+        """
+        points = self.schedule.points(len(self.schedule) if steps is None else steps)
         table = diffusevae_table(points, self.formulation, method, variance=variance, eta=eta, clip=clip)
         reconstruction = self.decoder(z)
         return DiffuseVAEResult(diffusevae_sample(self.denoiser, reconstruction, table, **options), reconstruction)
