@@ -16,7 +16,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full bench-grid test lint wheel sanitize cuda gpu-check
-.PHONY: instructions publish data clean distclean
+.PHONY: docs fuzz instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -60,6 +60,14 @@ bench-grid: $(BUILT) ## many more sizes and settings of neurons and spectral gat
 
 publish: $(BUILT) ## put the last run's figures into README, docs and bench/results
 	$(BIN)/python bench/publish.py
+
+docs: $(BUILT) ## the site: docs/ and what the docstrings say, into build/site
+	@$(PIP) -c $(CONSTRAINTS) $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+fuzz: $(BUILT) ## a million hostile calls over every op's schema (FUZZ=calls)
+	$(BIN)/python tests/fuzz.py $(or $(FUZZ),1000000)
 
 instructions: $(BUILT) ## count the raw kernels' instructions (callgrind) and compare with tests/data/instructions.json
 	$(BIN)/python tests/instructions.py

@@ -37,11 +37,16 @@ if command -v compute-sanitizer >/dev/null; then
       "$python" -m pytest -q tests/test_triton_spectral.py -k "layouts or runs_of_images"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool-fixedpoint" compute-sanitizer --tool "$tool" --error-exitcode 66 \
       "$python" -m pytest -q tests/test_triton_fixedpoint.py -k "channels_last or several_tiles or range"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool-earlyexit" compute-sanitizer --tool "$tool" --error-exitcode 66 \
+      "$python" -m pytest -q tests/test_triton_earlyexit.py -k "several_tiles or many_rows"
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step "$tool-diffusion" compute-sanitizer --tool "$tool" --error-exitcode 66 \
+      "$python" -m pytest -q tests/test_triton_diffusion.py -k "layouts or drawn or table"
   done
 fi
 
 step spectral "$python" bench/gpu_spectral.py "$out/spectral.json"
 step fixedpoint "$python" bench/gpu_fixedpoint.py "$out/fixedpoint.json"
+step diffusion "$python" bench/gpu_diffusion.py "$out/diffusion.json"
 FASTCIFAR_BENCH_DEVICE=cuda step bench "$python" -m pytest bench --benchmark-json="$out/results.json"
 [ "$failed" = 0 ] && echo "gpu-check: all passed; results in $out"
 exit "$failed"

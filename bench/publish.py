@@ -15,7 +15,7 @@ from typing import Any
 
 import plots
 from paired import duration
-from report import HERE, Case, Results, load, markdown_table
+from report import HERE, Case, Results, has_floor, load, markdown_table
 
 from fastcifar.fixedpoint import OVERFLOWS, ROUNDINGS
 
@@ -72,7 +72,7 @@ def slim(run: dict[str, Any]) -> dict[str, Any]:
         info = benchmark["extra_info"]
         for facts in info["candidates"].values():
             facts.pop("times", None)
-        if info["mode"] == "call":  # a table relative to its first candidate
+        if not has_floor(info):  # a table relative to its first candidate
             base = next(iter(info["candidates"]))
             info["ratios"] = {name: {base: ratios[base]} for name, ratios in info["ratios"].items()}
     return run
@@ -112,6 +112,7 @@ def publish(results: Results) -> None:
     publish_spectral(results, caption)
     publish_fixedpoint(results, caption)
     publish_earlyexit(results, caption)
+    publish_diffusion(results, caption)
     publish_search(results, caption)
     for family, prefix in (("spiking", "grid"), ("spectral", "grid-spectral")):
         grid = HERE / "results" / f"{prefix}-{name}.md"
@@ -169,6 +170,33 @@ def publish_earlyexit(results: Results, caption: str) -> None:
     for marker, found in (("ops", ops), ("models", models)):
         if found:
             insert(ROOT / "docs" / "earlyexit.md", marker, plain + "\n\n".join(map(markdown_table, found)))
+
+
+# A marker of docs/diffusion.md, and how the tables between it begin.
+DIFFUSION = {
+    "parts": ("solver_step,", "normal_numbers,", "dynamic_threshold,"),
+    "schedulers": ("scheduler.step,",),
+    "tree": ("tree search",),
+}
+
+
+def publish_diffusion(results: Results, caption: str) -> None:
+    if "diffusion" not in results.families:
+        return
+    family, page = results.families["diffusion"], ROOT / "docs" / "diffusion.md"
+    both = caption.replace("the multiple of the floor", "the multiples of the floor and of our time")
+    steps = [case for case in family["cases"] if case.op == "solver_step"]
+    small = [case for case in steps if "[64,3,32,32]" in case.workload]
+    for path, found in ((page, steps), (ROOT / "README.md", small)):
+        if found:
+            insert(path, "diffusion", both + compact(found, ratios=True))
+    plain = caption.replace("; in brackets the multiple of the floor", "")
+    named: dict[str, list[list[list[str]]]] = {}
+    for cells in family["overhead"]:
+        marker = next((m for m, words in DIFFUSION.items() if cells[0][0].startswith(words)), "papers")
+        named.setdefault(marker, []).append(cells)
+    for marker, found in named.items():
+        insert(page, marker, plain + "\n\n".join(map(markdown_table, found)))
 
 
 def publish_search(results: Results, caption: str) -> None:

@@ -134,6 +134,11 @@ def read_case(info: dict[str, Any], ceilings: dict[str, float | None]) -> Case:
     )
 
 
+def has_floor(info: dict[str, Any]) -> bool:
+    """Whether a workload was timed beside its floor; if not, its first candidate is what the others are relative to."""
+    return any(facts["role"] == "floor" for facts in info["candidates"].values())
+
+
 def read_overhead(info: dict[str, Any]) -> list[list[str]]:
     """A table of single calls: the first candidate is what the others are relative to."""
     base = next(iter(info["candidates"]))
@@ -213,8 +218,9 @@ def load(files: Sequence[Path]) -> Results:
     infos = [benchmark["extra_info"] for file in data for benchmark in file["benchmarks"]]
     families = {}
     for name in dict.fromkeys(info["group"] for info in infos):
-        cases = [read_case(info, ceilings) for info in infos if info["group"] == name and info["mode"] != "call"]
-        overhead = [read_overhead(info) for info in infos if info["group"] == name and info["mode"] == "call"]
+        own = [info for info in infos if info["group"] == name]
+        cases = [read_case(info, ceilings) for info in own if has_floor(info)]
+        overhead = [read_overhead(info) for info in own if not has_floor(info)]
         families[name] = {
             "cases": cases,
             "overhead": overhead,

@@ -7,10 +7,11 @@ from . import _library as _library  # registers the ops with torch
 from ._version import __version__
 from .diagnosis import doctor
 from .memory import keep_memory_mapped
+from .swapping import accelerate, restore
 
 FAMILIES = ("diffusion", "earlyexit", "fixedpoint", "spectral", "spiking")
 
-__all__ = ["__version__", "doctor", "keep_memory_mapped", *FAMILIES]
+__all__ = ["__version__", "accelerate", "doctor", "keep_memory_mapped", "restore", *FAMILIES]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -58,10 +58,11 @@ def plan(numbers: Sequence[float] | None, exist: int, wanted: int) -> Plan:
     return Plan(used & (exist | 1 << CONVERTED | 1 << CORRECTED), rows)
 
 
-def blocks(dtype: torch.dtype, draws: bool) -> dict[str, object]:
-    """A tile gives each thread 16 bytes at once, in four parts where noise is drawn."""
+def blocks(dtype: torch.dtype, draws: bool, sums: bool = False) -> dict[str, object]:
+    """A tile gives each thread 16 bytes at once or more, in four parts where noise is drawn; less where all terms are
+    held for the coefficients' sums, which would not fit in the registers."""
     double = dtype == torch.float64
-    size = 512 if double else 1024
+    size = (512 if double else 1024) // (4 if sums else 1)
     return {"BLOCK": 2 * size if draws else size, "COMPUTE": tl.float64 if double else tl.float32}
 
 
@@ -175,9 +176,9 @@ def solver_step_backward(
     else:
         chosen = Plan(0, 0)
     draws = seed is not None and bool(of_program)
-    tile = blocks(x.dtype, draws)
-    samples, length, per = _cut(x, each, draws, tile["BLOCK"])
-    sums = x.new_zeros((samples * per * (4 if draws else 1), 3, COUNT), dtype=torch.float64) if of_program else None
+    tile = blocks(x.dtype, False, bool(of_program))
+    samples, length, per = _cut(x, each, False, tile["BLOCK"])
+    sums = x.new_zeros((samples * per, 3, COUNT), dtype=torch.float64) if of_program else None
     with torch.cuda.device_of(x):
         _step_backward_kernel[(samples * per,)](
             *(None if g is None else in_order(g, strides) for g in (grad_x_next, grad_converted, grad_corrected)),

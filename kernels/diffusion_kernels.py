@@ -278,7 +278,7 @@ def _step_backward_kernel(
     seed_ptr,
     coefficients_ptr,
     grads_ptr,  # out: gradients to what WANTS names, one tensor of `total` elements after the other
-    sums_ptr,  # out: float64 [programs, parts, 33], of the coefficients; what is not written is 0; None: not wanted
+    sums_ptr,  # out: float64 [programs, 33], of the coefficients; what is not written is 0; None: not wanted
     total: tl.int64,
     length: tl.int64,
     blocks: tl.int32,
@@ -329,54 +329,52 @@ def _step_backward_kernel(
 ):
     """Gradients of _step_kernel. Bytes an element: the gradients that are given and wanted, and the terms of
     `converted` where it was clamped, or all terms for the coefficients. No atomics, so equal calls give equal bits."""
-    sample, begin, base, end = _tile(length, blocks, seed_ptr is not None, BLOCK)
+    sample, _, base, end = _tile(length, blocks, False, BLOCK)
     at = sample * COEFFICIENTS if EACH else sample * 0
     program = (
         _program_row(coefficients_ptr, at, c0, c1, c2, c3, c4, c5, c6, c7, c8, c9, c10, COMPUTE),
         _program_row(coefficients_ptr, at + 11, c11, c12, c13, c14, c15, c16, c17, c18, c19, c20, c21, COMPUTE),
         _program_row(coefficients_ptr, at + 22, c22, c23, c24, c25, c26, c27, c28, c29, c30, c31, c32, COMPUTE),
     )
-    PARTS: tl.constexpr = 1 if seed_ptr is None else 4
     OF_PROGRAM: tl.constexpr = WANTS >> 10 & 1
-    k = tl.arange(0, BLOCK // PARTS)
-    numbers = (0, 0, 0, 0)
-    if seed_ptr is not None:
-        numbers = _normal(base // 4 + k, seed_ptr, stream)
-    for part in tl.static_range(PARTS):
-        offset, mask = _part(base, begin, end, k, part, PARTS)
+    offset = base + tl.arange(0, BLOCK)
+    mask = offset < end
+    if seed_ptr is None:
         z = _read(noise_ptr, offset, mask, 1, COMPUTE)
-        if PARTS > 1:
-            z = numbers[part].to(COMPUTE)
-        terms, unclamped, _ = _take(
-            *(x_ptr, output_ptr, uncond_ptr, h1_ptr, h2_ptr, h3_ptr, h4_ptr, h5_ptr, h6_ptr),
-            *(offset, mask, z, program, guidance, limit, GIVEN, ROWS, LIMITED, OF_PROGRAM, COMPUTE),
-        )
-        to_next = _read(grad_x_next_ptr, offset, mask, 1, COMPUTE)
-        to_corrected = _read(grad_corrected_ptr, offset, mask, 1, COMPUTE) + to_next * program[2][9]
-        to_converted = _read(grad_converted_ptr, offset, mask, 1, COMPUTE) + to_next * program[2][8]
-        to_converted = to_converted + to_corrected * program[1][8]
-        if LIMITED:
-            to_converted = tl.where(tl.abs(unclamped) <= tl.full((), limit, COMPUTE), to_converted, 0.0)
-        to = (to_converted, to_corrected, to_next)
-        for t in tl.static_range(8):
-            if (WANTS >> t & 1) or (t == 1 and WANTS >> 8 & 1):
-                grad = to_converted * program[0][t] + to_corrected * program[1][t]
-                grad = grad + to_next * program[2][t]
-                if WANTS >> t & 1:
-                    mine = grad * tl.full((), guidance, COMPUTE) if t == 1 and GUIDED else grad
-                    _keep(grads_ptr, _slot(WANTS, t), total, offset, mask, mine)
-                if t == 1 and WANTS >> 8 & 1:
-                    mine = grad * tl.full((), 1 - guidance, COMPUTE)
-                    _keep(grads_ptr, _slot(WANTS, 8), total, offset, mask, mine)
-        if WANTS >> 9 & 1:
-            _keep(grads_ptr, _slot(WANTS, 9), total, offset, mask, to_next * program[2][10])
-        if OF_PROGRAM:
-            into = sums_ptr + (tl.program_id(0).to(tl.int64) * PARTS + part) * COEFFICIENTS
-            for row in tl.static_range(3):
-                for t in tl.static_range(11):
-                    if (GIVEN >> t & 1) and (t < 8 + row or (row == 2 and t == 10)):
-                        value = terms[t]
-                        infinite = (value - value) != 0  # or NaN
-                        value = tl.where((program[row][t] == 0) & infinite, 0.0, value)
-                        product = tl.where(mask, to[row] * value, 0.0)
-                        tl.store(into + row * 11 + t, tl.sum(product.to(tl.float64), 0))
+    else:  # of four numbers one: the loop over parts would hold more than there are registers
+        z0, z1, z2, z3 = _normal((offset >> 6 << 4) + (offset & 15), seed_ptr, stream)
+        word = offset >> 4 & 3
+        z = tl.where(word < 2, tl.where(word == 0, z0, z1), tl.where(word == 2, z2, z3)).to(COMPUTE)
+    terms, unclamped, _ = _take(
+        *(x_ptr, output_ptr, uncond_ptr, h1_ptr, h2_ptr, h3_ptr, h4_ptr, h5_ptr, h6_ptr),
+        *(offset, mask, z, program, guidance, limit, GIVEN, ROWS, LIMITED, OF_PROGRAM, COMPUTE),
+    )
+    to_next = _read(grad_x_next_ptr, offset, mask, 1, COMPUTE)
+    to_corrected = _read(grad_corrected_ptr, offset, mask, 1, COMPUTE) + to_next * program[2][9]
+    to_converted = _read(grad_converted_ptr, offset, mask, 1, COMPUTE) + to_next * program[2][8]
+    to_converted = to_converted + to_corrected * program[1][8]
+    if LIMITED:
+        to_converted = tl.where(tl.abs(unclamped) <= tl.full((), limit, COMPUTE), to_converted, 0.0)
+    to = (to_converted, to_corrected, to_next)
+    for t in tl.static_range(8):
+        if (WANTS >> t & 1) or (t == 1 and WANTS >> 8 & 1):
+            grad = to_converted * program[0][t] + to_corrected * program[1][t]
+            grad = grad + to_next * program[2][t]
+            if WANTS >> t & 1:
+                mine = grad * tl.full((), guidance, COMPUTE) if t == 1 and GUIDED else grad
+                _keep(grads_ptr, _slot(WANTS, t), total, offset, mask, mine)
+            if t == 1 and WANTS >> 8 & 1:
+                mine = grad * tl.full((), 1 - guidance, COMPUTE)
+                _keep(grads_ptr, _slot(WANTS, 8), total, offset, mask, mine)
+    if WANTS >> 9 & 1:
+        _keep(grads_ptr, _slot(WANTS, 9), total, offset, mask, to_next * program[2][10])
+    if OF_PROGRAM:
+        into = sums_ptr + tl.program_id(0).to(tl.int64) * COEFFICIENTS
+        for row in tl.static_range(3):
+            for t in tl.static_range(11):
+                if (GIVEN >> t & 1) and (t < 8 + row or (row == 2 and t == 10)):
+                    value = terms[t]
+                    finite = tl.where((value - value) != 0, 0.0, value)  # infinity and NaN are hidden by 0
+                    value = tl.where(program[row][t] == 0, finite, value)
+                    product = tl.where(mask, to[row] * value, 0.0)
+                    tl.store(into + row * 11 + t, tl.sum(product.to(tl.float64), 0))

@@ -406,7 +406,10 @@ def diffusion() -> Iterator[Entry]:
             given["sums_ptr"] = "*fp64:16" if row.get("wants") in ("coefficients", "all") else None
             values: dict[str, Any] = {"GIVEN": bits, "ROWS": of_rows, "LIMITED": row["LIMITED"]}
             values |= {"EACH": row["coefficients"] == "each", "GUIDED": uncond in given}
-            values |= {"WANTS": wants.get(row.get("wants", ""), 0), **family.blocks(row["x"], draws)}
+            values |= {
+                "WANTS": wants.get(row.get("wants", ""), 0),
+                **family.blocks(row["x"], draws and "kept" in row, given["sums_ptr"] is not None),
+            }
             multiple = ":16" if row["aligned"] else ""
             kinds = {"total": "i64" + multiple, "length": "i64" + multiple, "blocks": "i32", "stream": "i64"}
             signature, constexprs = {}, {}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastcifar import _library
-from fastcifar.diffusion import SolverTable, TableStep, TreeSampler, tree_reference
+from fastcifar.diffusion import DiscreteVP, SolverTable, TableStep, TreeSampler, ddpm, dpm_solver, tree_reference
 from fastcifar.diffusion.reference import TERMS
 from fastcifar.diffusion.tree_arrays import Forest
 
@@ -378,9 +378,36 @@ def test_a_table_with_guidance():
     torch.testing.assert_close(tree.samples().x, plain.run(1).samples().x)
 
 
+def test_ddpm_tilted_by_a_linear_reward():
+    """Of a Gaussian, whose noise is known: as the weights of independent samples have it."""
+    points = DiscreteVP.linear().points(10)
+    levels = {float(t): (float(a), float(s)) for t, a, s in zip(*(p[:-1] for p in points), strict=True)}
+
+    def noise(x, t):
+        alpha, sigma = levels[float(t[0])]
+        return sigma * (x - 0.3 * alpha) / (0.25 * alpha**2 + sigma**2)
+
+    def mean(lam, selection, trees, n):
+        how = {"lam": lam, "selection": selection, "trees": trees, "dtype": torch.float64, "generator": seeded()}
+        tree = TreeSampler(noise, lambda x: x[:, 0], (1,), table=ddpm(points), **how).run(n)
+        return tree, float(tree.sample(20_000).x.mean())
+
+    independent, of_p = mean(0.0, "uniform", 20_000, 1)
+    x = independent.samples().x[:, 0]
+    expected = float(((2 * x).softmax(0) * x).sum())
+    tree, found = mean(2.0, "uniform", 128, 30)
+    assert expected - of_p > 0.2
+    assert found == pytest.approx(expected, abs=0.03)
+    assert of_p + 0.1 < mean(2.0, "boltzmann", 128, 30)[1] < expected  # a search leans toward p
+    depths = tree._forest.depth
+    assert tree._forest.count[depths == 10].max() == 1  # the last step has no noise
+    assert tree._forest.count[depths == 2].max() > 1
+
+
 def test_a_table_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="TableStep: expected a table without history"):
-        TableStep(lambda x, t: x, table(history=True))
+    for other in (table(history=True), dpm_solver(DiscreteVP.linear().points(4))):
+        with pytest.raises(ValueError, match="TableStep: expected a table without history"):
+            TableStep(lambda x, t: x, other)
     with pytest.raises(TypeError, match="TableStep: expected table to be a SolverTable, got int"):
         sampler(table=3)
     with pytest.raises(ValueError, match="TreeSampler: expected steps to be the table's 2, got 3"):

@@ -15,7 +15,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .._library import serves
-from ..diffusion.functional import Step, dynamic_threshold, normal_numbers, solver_step
+from ..diffusion.functional import Step, solver_step
+from ..diffusion.noise import dynamic_threshold, normal_numbers
 from ..diffusion.reference import CONVERT
 from ._diffusers_rows import Level, Program, flowing, preserving
 

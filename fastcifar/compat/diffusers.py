@@ -11,8 +11,8 @@ which are computed in float64 by ``set_timesteps`` for all steps, and ``step``, 
 :func:`fastcifar.diffusion.solver_step` with no other arithmetic on tensors (thresholding adds a quantile, churn a sum).
 
 Two choices save more. ``scheduler.return_original = False`` leaves ``pred_original_sample`` out (None), one of four
-tensors that DDIM's step reads and writes. ``scheduler.draw_in_kernel()`` has noise drawn where it is added, by counters:
-other numbers than a generator's, whose drawing is most of the time of a DDPM or SDE step.
+tensors that DDIM's step reads and writes. ``scheduler.draw_in_kernel()`` has noise drawn where it is added, by
+counters: other numbers than a generator's, whose drawing is most of the time of a DDPM or SDE step.
 
 What differs:
 

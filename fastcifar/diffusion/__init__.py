@@ -3,13 +3,15 @@
 from .deediff import DeeDiffLoss, UncertaintyHead, layer_loss, uncertainty_loss, uncertainty_target
 from .diffusevae import diffusevae_loss, diffusevae_noise, diffusevae_sample, diffusevae_table, guidance_of_weight
 from .found import FoundSchedule
-from .functional import SolverRun, Step, dynamic_threshold, normal_numbers, solver_step
+from .functional import Step, solver_step
 from .lowdiff import lowdiff_loss, lowdiff_pair, lowdiff_sample, upsample_into
 from .mixture import GaussianMixture
+from .noise import dynamic_threshold, normal_numbers
 from .one_step import ddim, ddpm, euler, euler_ancestral, heun
 from .predictor import SchedulePredictor
 from .probing import from_diffusers
 from .pseudo_numerical import ipndm, pndm
+from .run import SolverRun
 from .sampling import Thresholding, sample
 from .schedule import CosineVP, DiscreteVP, EDMSchedule, FlowSchedule, LinearVP, Schedule, exploding
 from .search import search_schedule

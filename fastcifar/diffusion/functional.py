@@ -1,4 +1,4 @@
-"""One step of a linear diffusion solver as a function, and a run of many steps in place.
+"""One step of a linear diffusion solver as a function.
 
 :mod:`fastcifar.diffusion.reference` spells the formulas out.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,12 @@ from torch import Tensor
 
 from .. import _library
 from . import reference
+from .noise import FLOATING, checked_number, seed_tensor
 from .reference import CONVERT, CORRECT, HISTORY, PREDICT, TERMS, Step
-from .table import SolverTable
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ROWS = (PREDICT, CONVERT, CORRECT)  # in the order of the results
 
-__all__ = ["SolverRun", "Step", "dynamic_threshold", "normal_numbers", "solver_step"]
+__all__ = ["Step", "solver_step"]
 
 
 def solver_step(
@@ -95,10 +94,10 @@ def solver_step(
     step = _at_once(x, output, history, coefficients, noise, uncond, guidance, limit, stream) if plain else None
     if step is not None:
         return step
-    _check_tensors(op, x, output, history, noise, uncond)
+    check_tensors(op, x, output, history, noise, uncond)
     numbers, tensor = _coefficients(op, coefficients, x)
-    limit = _number(op, "limit", math.inf if limit is None else limit)
-    guidance = _number(op, "guidance", guidance)
+    limit = checked_number(op, "limit", math.inf if limit is None else limit)
+    guidance = checked_number(op, "guidance", guidance)
     if not limit > 0:
         raise ValueError(f"{op}: expected a positive limit, got {limit}")
     if noise is not None and seed is not None:
@@ -108,7 +107,7 @@ def solver_step(
     _check_given(op, numbers, tensor, (x, output, *history), noise is not None or seed is not None)
     mask = _wanted(op, wanted, numbers, tensor)
     given = [x if h is None else h for h in history]  # not read: its coefficients are 0
-    seeds = None if seed is None else _seed(op, seed, x)
+    seeds = None if seed is None else seed_tensor(op, seed, x)
     if seeds is not None:
         x = x.contiguous()
     arguments = (x, output, uncond, noise, seeds, tensor, guidance, limit, stream, numbers)
@@ -242,15 +241,7 @@ def _into(op: str, out: Step | Tensor, arguments: tuple, history: list[Tensor]) 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def _number(op: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{op}: expected {name} to be a number, got {type(value).__name__}")
-    if value != value:
-        raise ValueError(f"{op}: expected {name} to be a number, got nan")
-    return float(value)
-
-
-def _check_tensors(op: str, x: Any, output: Any, history: Any, noise: Any, uncond: Any) -> None:
+def check_tensors(op: str, x: Any, output: Any, history: Any, noise: Any, uncond: Any) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATING:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{op}: expected x to be a tensor in float32, float64, bfloat16 or float16, got {got}")
@@ -327,211 +318,3 @@ def _wanted(op: str, wanted: Sequence[str] | None, numbers: list[float], tensor:
         return 7
     rows = (tensor.detach() != 0).movedim(-2, 0).flatten(1).any(1).tolist()
     return sum(1 << i for i, row in enumerate(_ROWS) if rows[row])
-
-
-def _seed(op: str, seed: Any, x: Tensor) -> Tensor:
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
-            raise TypeError(f"{op}: expected a seed of one int64 on x's device, got {seed.dtype} {tuple(seed.shape)}")
-        return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"{op}: expected seed to be an integer or a tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"{op}: expected a seed of 64 bits, got {seed}")
-    return torch.tensor(seed, device=x.device)
-
-
-# ---- beside the step -------------------------------------------------------------------------------------------------
-
-
-def normal_numbers(seed: int | Tensor, n: int, *, stream: int = 0) -> Tensor:
-    """Numbers 0 to n - 1 of a stream of standard normal numbers: Philox 4x32-7 and Box and Muller's transform.
-
-    Any number is a function of its place, of ``seed`` and of ``stream`` alone: 64 n' + 16 j + c is made of word j of
-    the counter 16 n' + c under the key ``seed``. The radius has 23 bits, so the largest magnitude is 5.77.
-
-    Args:
-        seed: a 64-bit integer, or an int64 tensor of one element, on whose device the numbers are made.
-        n: how many.
-        stream: which of 2^63 independent streams of the seed. Default 0.
-
-    Returns:
-        float32 ``[n]``.
-
-    Raises:
-        TypeError, ValueError: an argument is of a wrong type or out of range.
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); Box and Muller (1958).
-
-    Example:
-        >>> from fastcifar.diffusion import normal_numbers
-        >>> bool((normal_numbers(1, 100)[:10] == normal_numbers(1, 10)).all())
-        True
-    """
-    op = "normal_numbers"
-    for name, value in (("n", n), ("stream", stream)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{op}: expected {name} to be an integer, got {type(value).__name__}")
-    if not 0 <= n < 2**40 or not 0 <= stream < 2**63:
-        raise ValueError(f"{op}: expected n below 2^40 and stream of 0 to 2^63 - 1, got {n} and {stream}")
-    like = seed if isinstance(seed, Tensor) else torch.empty(0)
-    key = _seed(op, seed, like)
-    if _library.serves(op, key):
-        return torch.ops.fastcifar.normal_numbers.default(key, stream, n)
-    return reference.normal_numbers(int(key), stream, n).to(key.device)
-
-
-def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) -> Tensor:
-    """Per sample, what dynamic thresholding clamps at: ``s = min(max(quantile(|x0|, ratio), 1), max_value)``.
-
-    The quantile is interpolated as ``torch.quantile`` does. Clamping to -s...s and dividing by s is the step whose row
-    ``converted`` is divided by s and whose limit is 1.
-
-    Args:
-        x0: ``[B, ...]``, the predicted image; float32 or float64 (half precision is read as float32).
-        ratio: the quantile, 0 to 1. Default 0.995.
-        max_value: the largest s, at least 1. The default 1, diffusers' ``sample_max_value``, makes it a plain clamp.
-
-    Returns:
-        ``[B]`` in float32 or float64; NaN where a sample has one.
-
-    Raises:
-        TypeError, ValueError: an argument is of a wrong type, or out of range.
-
-    Source: Saharia et al., Imagen (NeurIPS 2022), section 2.3.
-
-    Example:
-        >>> import torch
-        >>> from fastcifar.diffusion import dynamic_threshold
-        >>> dynamic_threshold(torch.tensor([[0.5, -3.0], [0.1, 0.2]]), 1.0, max_value=2.0).tolist()
-        [2.0, 1.0]
-    """
-    op = "dynamic_threshold"
-    if not isinstance(x0, Tensor) or x0.dtype not in FLOATING:
-        got = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
-        raise TypeError(f"{op}: expected x0 to be a tensor in float32, float64, bfloat16 or float16, got {got}")
-    if x0.dim() == 0 or (x0.shape[0] and x0[0].numel() == 0):
-        raise ValueError(f"{op}: expected x0 [B, ...] with elements, got {tuple(x0.shape)}")
-    ratio, max_value = _number(op, "ratio", ratio), _number(op, "max_value", max_value)
-    if not 0 <= ratio <= 1 or not max_value >= 1:
-        raise ValueError(f"{op}: expected ratio of 0 to 1 and max_value of at least 1, got {ratio} and {max_value}")
-    rows = x0.detach().reshape(x0.shape[0], -1) if x0.shape[0] else x0.detach().reshape(0, 1)
-    rows = rows.to(_library.state_dtype(x0.dtype))
-    if _library.serves("magnitude_quantile", rows):
-        quantile = torch.ops.fastcifar.magnitude_quantile.default(rows, ratio)
-    else:
-        quantile = reference.magnitude_quantile(rows, ratio)
-    return quantile.clamp(1.0, max_value)
-
-
-class SolverRun:
-    """Steps of a table in place: x and what is kept lie in one buffer, and a step allocates nothing.
-
-    Args:
-        table: the solver.
-        x: samples to start from, ``[B, ...]`` and scaled as the table asks (``table.init_scale``); copied.
-        guidance: of two outputs. Default 1.
-        seed: of the noise that is drawn where a step is noisy and none is given: 64 bits. Default: one of torch's
-            generator. The stream of a step is its number.
-        preload: tensors for the table's ``preloaded`` slots, by slot.
-
-    Attributes:
-        x: the samples as they are, ``[B, ...]``: a view that each step writes to.
-        index: the step that comes next.
-
-    Raises:
-        TypeError: an argument is of a wrong type or dtype.
-        ValueError: a slot's tensor is missing or not of x's shape.
-
-    Example:
-        >>> import torch
-        >>> from fastcifar.diffusion import SolverRun, SolverTable
-        >>> half = torch.zeros(2, 3, 11, dtype=torch.float64)
-        >>> half[:, 2, 0] = 0.5
-        >>> table = SolverTable(half, torch.zeros(2, 2).long(), torch.zeros(2).double(), torch.ones(2).double())
-        >>> run = SolverRun(table, torch.ones(1, 2))
-        >>> run.step(), run.step()
-        (None, None)
-        >>> run.x
-        tensor([[0.2500, 0.2500]])
-    """
-
-    def __init__(
-        self,
-        table: SolverTable,
-        x: Tensor,
-        guidance: float = 1.0,
-        seed: int | None = None,
-        preload: Mapping[int, Tensor] | None = None,
-    ) -> None:
-        op = "SolverRun"
-        if not isinstance(table, SolverTable):
-            raise TypeError(f"{op}: expected table to be a SolverTable, got {type(table).__name__}")
-        _check_tensors(op, x, None, (), None, None)
-        self.table, self.guidance, self.index = table, _number(op, "guidance", guidance), 0
-        preload = preload or {}
-        if sorted(preload) != sorted(table.preloaded):
-            raise ValueError(f"{op}: expected tensors for the slots {list(table.preloaded)}, got {sorted(preload)}")
-        self._ring = x.new_zeros((1 + table.slots, *x.shape))
-        self.x = self._ring[0]
-        self.x.copy_(x.detach())
-        for slot, t in preload.items():
-            if t.shape != x.shape:
-                raise ValueError(f"{op}: expected slot {slot} of x's shape {tuple(x.shape)}, got {tuple(t.shape)}")
-            self._ring[slot].copy_(t.detach())
-        limit = torch.full((len(table), 1), math.inf if table.limit is None else table.limit, dtype=torch.float64)
-        rows = (table.coefficients.flatten(1), table.store.to(torch.float64), limit)
-        self._table = torch.cat(rows, 1).contiguous()
-        self._noisy = table.noisy.tolist()
-        self._seed = torch.randint(2**63 - 1, ()) if seed is None else _seed(op, seed, torch.empty(0))
-        self._seed = self._seed.to(x.device)
-        self._served = _library.serves("solver_table_step", x)
-
-    def kept(self, slot: int) -> Tensor:
-        """What a slot holds: a view of the buffer."""
-        return self._ring[slot]
-
-    def step(self, output: Tensor | None = None, *, uncond: Tensor | None = None, noise: Tensor | None = None) -> None:
-        """Takes the next step: ``x`` and the slots are overwritten.
-
-        Args:
-            output: what the model said of ``x``; None where the step does not evaluate it.
-            uncond: a second output, for guidance.
-            noise: like x, in place of what would be drawn.
-
-        Raises:
-            IndexError: all steps were taken.
-            RuntimeError: a gradient is required (call :func:`solver_step`, which keeps what a backward pass reads), or
-                a tensor does not fit.
-        """
-        index = self.index
-        if index >= len(self._noisy):
-            raise IndexError(f"SolverRun: expected no more than {index} steps of {self.table.name!r}")
-        if output is not None and output.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "SolverRun: expected an output that requires no gradient, as a step overwrites what a backward pass "
-                "would read; use solver_step, or torch.no_grad()"
-            )
-        seed = self._seed if noise is None and self._noisy[index] else None
-        if self._served and uncond is None and noise is None and seed is None:
-            torch.ops.fastcifar.solver_table_step.default(self._ring, output, self._table, index)
-        elif self._served:
-            torch.ops.fastcifar.solver_table_step.default(
-                self._ring, output, self._table, index, uncond, noise, seed, self.guidance
-            )
-        else:
-            self._step_by_reference(index, output, uncond, noise, seed)
-        self.index = index + 1
-
-    def _step_by_reference(self, index, output, uncond, noise, seed) -> None:
-        if seed is not None:
-            noise = reference.normal_numbers(int(seed), index, self.x.numel()).view(self.x.shape).to(self.x)
-        history = list(self._ring[1:].unbind(0))
-        coefficients = self.table.coefficients[index]
-        made = reference.solver_step(
-            self.x, output, history, coefficients, noise, uncond, self.guidance, self.table.limit
-        )
-        for slot, value in zip(self.table.store[index].tolist(), (made.converted, made.corrected), strict=True):
-            if slot:
-                self._ring[slot].copy_(value)
-        self.x.copy_(made.x_next)

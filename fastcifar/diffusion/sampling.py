@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .draft import conversion, levels
-from .functional import SolverRun, dynamic_threshold, solver_step
+from .functional import solver_step
+from .noise import dynamic_threshold
 from .reference import CONVERT, HISTORY, TERMS
+from .run import SolverRun
 from .schedule import DiscreteVP, EDMSchedule, Schedule
 from .solvers import solver_table
 from .table import Points, SolverTable
