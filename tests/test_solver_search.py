@@ -245,8 +245,8 @@ def test_nor_a_cluster() -> None:
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
-        found = search(80, executor=client.get_executor())
-    assert trials(found) == trials(search(80))
+        found = search(40, executor=client.get_executor())
+    assert trials(found) == trials(search(40))
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
