@@ -123,7 +123,7 @@ def draw_images(images: dict[str, dict[int, Tensor]], truth: Tensor, path: Path,
             axes.set(xticks=[], yticks=[], frame_on=False)
             if axes is row[0]:
                 axes.set_ylabel(name, rotation=0, ha="right", va="center")
-            if row is grid[0]:
+            if name == next(iter(images)):
                 axes.set_title(f"{calls} calls", fontsize="medium")
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
