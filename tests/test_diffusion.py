@@ -94,6 +94,12 @@ def test_layouts(layout, per_sample):
     torch.testing.assert_close(mixed.x_next, made.x_next, rtol=0, atol=0)
 
 
+def test_no_samples():
+    x = torch.empty(0, 3)
+    assert solver_step(x, None, (), torch.zeros(0, 3, 11)).x_next.shape == (0, 3)
+    assert solver_step(torch.empty(0), None, (), program(predict={"x": 1.0})).converted is None
+
+
 def test_what_has_no_coefficient_is_not_read():
     x, kept = _random((2, 3, 4), count=2)
     spoilt = torch.full_like(x, NAN)

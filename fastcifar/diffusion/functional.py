@@ -108,8 +108,8 @@ def solver_step(
     mask = _wanted(op, wanted, numbers, tensor)
     given = [x if h is None else h for h in history]  # not read: its coefficients are 0
     seeds = None if seed is None else seed_tensor(op, seed, x)
-    if seeds is not None:
-        x = x.contiguous()
+    if seeds is not None and not (x.numel() and x[0].is_contiguous()):
+        x = x.contiguous()  # numbers are counted in the order of the dimensions
     arguments = (x, output, uncond, noise, seeds, tensor, guidance, limit, stream, numbers)
     if out is not None:
         return _into(op, out, arguments, given)
@@ -120,7 +120,7 @@ def solver_step(
 
 def _at_once(x, output, history, coefficients, noise, uncond, guidance, limit, stream) -> Step | None:
     """The plain call of the op, which checks for itself; None where it refuses, so that the checks here may say why."""
-    if not isinstance(x, Tensor) or not x.is_cpu or not x.dim() or any(h is None for h in history):
+    if not isinstance(x, Tensor) or not x.is_cpu or not x.dim() or not x.numel() or any(h is None for h in history):
         return None
     if not _library.serves("solver_step", x) or _library.transformed(x):
         return None
@@ -314,7 +314,7 @@ def _wanted(op: str, wanted: Sequence[str] | None, numbers: list[float], tensor:
     width = len(TERMS)
     if tensor is None:
         return sum(1 << i for i, row in enumerate(_ROWS) if any(numbers[row * width : (row + 1) * width]))
-    if not tensor.is_cpu or torch.compiler.is_compiling() or _library.transformed(tensor):
+    if not tensor.is_cpu or not tensor.numel() or torch.compiler.is_compiling() or _library.transformed(tensor):
         return 7
     rows = (tensor.detach() != 0).movedim(-2, 0).flatten(1).any(1).tolist()
     return sum(1 << i for i, row in enumerate(_ROWS) if rows[row])
