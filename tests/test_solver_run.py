@@ -18,9 +18,6 @@ from fastcifar.diffusion.spec import MULTISTEP, program
 
 needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NAN, INF = math.nan, math.inf
-# Whole groups of registers, tails, one block and more.
-SHAPES = ((1, 1), (2, 3, 5, 7), (3, 64), (2, 4097), (5, 3, 32, 32))
 
 
 def _random(shape, dtype=torch.float32, seed=0, count=9):
@@ -30,21 +27,6 @@ def _random(shape, dtype=torch.float32, seed=0, count=9):
 
 def _rows(coefficients):
     return torch.as_tensor(coefficients, dtype=torch.float64)
-
-
-def _random_program(seed, samples=None):
-    """Every term that a row may have, some of them 0."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (3, 11) if samples is None else (samples, 3, 11)
-    rows = torch.randn(shape, generator=generator, dtype=torch.float64)
-    rows[torch.rand(shape, generator=generator) < 0.3] = 0.0
-    rows[..., 0, 8:] = 0
-    rows[..., 1, 9:] = 0
-    return rows
-
-
-def _isas(each_isa, check):
-    each_isa(check) if _library.WHY_NO_EXTENSION is None else check(None)
 
 
 def _table(*rows, store=None, **options):
@@ -133,7 +115,7 @@ def test_tables_refuse_what_is_no_program():
     with pytest.raises(ValueError, match="reads slot 1, which no step before it has written"):
         _table(MULTISTEP)
     with pytest.raises(ValueError, match="expected finite coefficients, got 'solver' with others in step 1"):
-        _table(FIRST, program(predict={"x": NAN}))
+        _table(FIRST, program(predict={"x": math.nan}))
     with pytest.raises(ValueError, match="expected converted to use inputs only"):
         _table(program(convert={"noise": 1.0}))
     with pytest.raises(ValueError, match="expected slots of 1 to 6"):

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..diffusion.expansion import phi
 from ..diffusion.reference import CONVERT, CORRECT, HISTORY, PREDICT, TERMS
 
 X, OUTPUT, CONVERTED, CORRECTED, NOISE = 0, 1, 2 + HISTORY, 3 + HISTORY, 4 + HISTORY
-_SERIES = 1.0  # below it the recurrence of the phi functions cancels, and their series has no more than 20 terms
 
 
 def kept(i: int) -> int:
@@ -100,21 +100,6 @@ def distinct(now: Level, before: Sequence[Level]) -> list[Before]:
         if level.lam != now.lam and all(level.lam != other.level.lam for other in chosen):
             chosen.append(Before(kept(i), level))
     return chosen
-
-
-def phi(k: int, z: float) -> float:
-    """``phi_k(z)``, with phi_0 = exp and ``phi_{k+1}(z) = (phi_k(z) - 1/k!) / z``."""
-    if abs(z) < _SERIES:
-        term = 1 / math.factorial(k)
-        total, n = 0.0, k
-        while abs(term) > 1e-18 * abs(total):
-            total, n = total + term, n + 1
-            term *= z / n
-        return total
-    value = math.expm1(z) / z if k else math.exp(z)
-    for i in range(1, k):
-        value = (value - 1 / math.factorial(i)) / z
-    return value
 
 
 def weights(nodes: Sequence[float], moments: Sequence[float], where: str) -> list[float]:
