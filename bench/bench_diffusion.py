@@ -120,8 +120,8 @@ def program(solver: Solver) -> Tensor:
     return rows
 
 
-def formula(rows: Tensor, limit: float | None) -> Callable[..., tuple[Tensor, ...]]:
-    """The step in plain PyTorch, without the terms that are 0."""
+def formula(rows: Tensor, limit: float | None, stores: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """The step in plain PyTorch, without the terms that are 0; what the solver does not keep is not returned."""
     listed = [[(t, float(c)) for t, c in enumerate(row) if c] for row in rows]
 
     def step(x: Tensor, output: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -137,7 +137,8 @@ def formula(rows: Tensor, limit: float | None) -> Callable[..., tuple[Tensor, ..
                 total = total.clamp(-limit, limit)
             if place is not None:
                 terms[place] = total
-            results.append(total)
+            if place is None or stores:
+                results.append(total)
         return tuple(results)
 
     return step
@@ -183,7 +184,7 @@ def test_step(paired: Paired, solver: str, shape: tuple[int, ...]) -> None:
     stores = bool(rows[:, 2 : 2 + KEPT].any())
     wanted = ["x_next", *(["converted"] if stores else []), *(["corrected"] if bool(rows[1].any()) else [])]
     history = [k if rows[:, 2 + i].any() else None for i, k in enumerate(kept)]
-    run, eager = run_of(rows, x, kept, limit), formula(rows, limit)
+    run, eager = run_of(rows, x, kept, limit), formula(rows, limit, stores)
     torch.compiler.reset()
     fused = torch.compile(eager)
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE) if what.noisy else None
