@@ -112,7 +112,6 @@ struct Step {
       FC_CHECK(exists, op, ": expected each row to use inputs and the rows before it, and noise in the last one only");
     }
     FC_CHECK(given_all, op, ": expected the tensors that have a coefficient, got None for one of them");
-    merge();
   }
 
   // Whether a row has a coefficient.
@@ -149,11 +148,12 @@ struct Step {
   }
 
   // Samples without gaps that share their coefficients are one.
-  void merge() {
+  void merge(const StepGradients& g = {}) {
     const auto joins = [&](const Samples& t) { return t.data == nullptr || t.stride == p.length; };
-    bool all = !p.per_sample && p.samples > 1 && joins(p.uncond) && joins(p.noise);
+    bool all = !p.per_sample && joins(p.uncond) && joins(p.noise);
     for (const Samples& t : p.in) all = all && joins(t);
     for (const Samples& t : p.out) all = all && joins(t);
+    for (const Samples& t : g.grad) all = all && joins(t);
     if (!all) return;
     p.length *= p.samples;
     p.samples = 1;
@@ -196,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> solver_step(Tensor x, OptionalTensor output, 
     const int row = kRowOfResult[r];
     const bool want = wanted < 0 ? step.has(row) : wanted >> r & 1;
     results.push_back(want ? step.new_result() : empty_strided({0}, {1}, step.layout.dtype));
-    if (want) step.p.out[row] = {results[r].data_ptr(), step.p.length};
+    if (want) step.p.out[row] = step.layout.of(results[r]);
   }
   step.run();
   return {results[0], results[1], results[2]};
@@ -209,22 +209,11 @@ void solver_step_into(Tensor x, OptionalTensor output, OptionalTensor uncond, st
   const char* const op = "solver_step_into";
   const OptionalTensor* const results[kRows] = {&x_next, &converted, &corrected};
   Step step(op, x, output, uncond, history, noise, seed, coefficients, numbers, guidance, limit, stream);
-  const bool merged = step.p.samples != step.layout.samples;
-  bool joins = merged;
   for (int r = 0; r < kRows; ++r) {
     if (!*results[r]) continue;
     FC_CHECK(step.layout.has_samples(**results[r]), op, ": expected results whose samples lie in memory as x's do");
-    joins = joins && step.layout.of(**results[r]).stride == step.layout.length;
+    step.p.out[kRowOfResult[r]] = step.layout.of(**results[r]);
   }
-  if (merged && !joins) {
-    step.p.samples = step.layout.samples;
-    step.p.length = step.layout.length;
-  }
-  for (int r = 0; r < kRows; ++r)
-    if (*results[r]) {
-      step.p.out[kRowOfResult[r]] = step.layout.of(**results[r]);
-      if (joins) step.p.out[kRowOfResult[r]].stride = step.p.length;
-    }
   step.run();
 }
 
@@ -306,11 +295,8 @@ std::tuple<Tensor, Tensor> solver_step_backward(OptionalTensor grad_x_next, Opti
   StepGradients g;
   for (int r = 0; r < kRows; ++r)
     if (*given[r]) {
-      // Of one order with x, and without gaps where x's samples were joined.
-      Tensor grad = layout.laid_out(**given[r], "gradients");
-      if (p.samples != layout.samples && layout.of(grad).stride != layout.length) grad = copy_as(grad, layout.strides);
-      step.kept.push_back(grad);
-      g.grad[r] = {grad.data_ptr(), p.samples == layout.samples ? layout.of(grad).stride : p.length};
+      step.kept.push_back(layout.laid_out(**given[r], "gradients"));
+      g.grad[r] = layout.of(step.kept.back());
     }
   bool exist = !(wants >> kUncond & 1 && !uncond) && !(wants >> kOfNoise & 1 && !noise);
   int64_t count = 0;
@@ -327,10 +313,11 @@ std::tuple<Tensor, Tensor> solver_step_backward(OptionalTensor grad_x_next, Opti
   char* into = (char*)grads.data_ptr();
   for (int t = 0; t < kOfCoefficients; ++t) {
     if (!(wants >> t & 1)) continue;
-    const Samples to{into, p.samples == layout.samples ? layout.length : p.length};
+    const Samples to{into, layout.length};
     (t < kInputs ? g.to_in[t] : t == kUncond ? g.to_uncond : g.to_noise) = to;
     into += x.numel() * x.element_size();
   }
+  step.merge(g);
   const bool sums = wants >> kOfCoefficients & 1;
   std::vector<double> partial(sums ? p.blocks() * kCoefficients : 0);
   if (sums) g.sums = partial.data();
