@@ -96,6 +96,11 @@ def ddim(
         ValueError: eta is negative or above what leaves a variance, or epsilon at alpha 0.
 
     Source: Song et al., "Denoising Diffusion Implicit Models" (ICLR 2021), equations 12 and 16.
+
+    Example:
+        >>> from fastcifar.diffusion import DiscreteVP, ddim
+        >>> ddim(DiscreteVP.linear().points(10), eta=1.0).noisy.sum().item()  # not in the last step, to sigma 0
+        9
     """
     if not 0 <= eta < math.inf:
         raise ValueError(f"ddim: expected eta of 0 or more, got {eta}")
@@ -141,6 +146,16 @@ def euler_ancestral(
         points: S + 1 points; usually :func:`fastcifar.diffusion.exploding`.
         eta: 1, the default; 0 is Euler's method.
         prediction, limit, scaled: see :func:`fastcifar.diffusion.usf.usf`.
+
+    Raises:
+        ValueError: an argument is not as described, or a step cannot be taken.
+
+    Source: crowsonkb/k-diffusion, ``sample_euler_ancestral``.
+
+    Example:
+        >>> from fastcifar.diffusion import EDMSchedule, euler_ancestral
+        >>> len(euler_ancestral(EDMSchedule().points(10)))
+        10
     """
     if not 0 <= eta < math.inf:
         raise ValueError(f"euler_ancestral: expected eta of 0 or more, got {eta}")
@@ -175,7 +190,18 @@ def euler(
     limit: float | None = None,
     scaled: bool = False,
 ) -> SolverTable:
-    """Euler's method in ``sigma / alpha``, which is DDIM; arguments are as those of :func:`heun`."""
+    """Euler's method in ``sigma / alpha``, which is DDIM; arguments are as those of :func:`heun`.
+
+    Raises:
+        ValueError: as :func:`heun`.
+
+    Source: Karras et al. (NeurIPS 2022), algorithm 2 without its correction.
+
+    Example:
+        >>> from fastcifar.diffusion import EDMSchedule, euler
+        >>> len(euler(EDMSchedule().points(10)))
+        10
+    """
     return _edm(points, False, churn, churn_min, churn_max, churn_noise, time, prediction, limit, scaled)
 
 
@@ -210,6 +236,11 @@ def heun(
         ValueError: churn where alpha is not 1, or is negative.
 
     Source: Karras et al. (NeurIPS 2022), algorithms 1 and 2.
+
+    Example:
+        >>> from fastcifar.diffusion import EDMSchedule, heun
+        >>> len(heun(EDMSchedule().points(10)))  # the last sigma is 0
+        19
     """
     return _edm(points, True, churn, churn_min, churn_max, churn_noise, time, prediction, limit, scaled)
 

@@ -33,6 +33,14 @@ def ipndm(points: Points, order: int = 4, *, prediction: str = "epsilon", scaled
         prediction, scaled: see :func:`fastcifar.diffusion.usf.usf`.
 
     Source: Zhang and Chen (ICLR 2023), equation 15 and appendix ("iPNDM").
+
+    Raises:
+        ValueError: an argument is not as described, or a step cannot be taken.
+
+    Example:
+        >>> from fastcifar.diffusion import DiscreteVP, ipndm
+        >>> ipndm(DiscreteVP.linear().points(10)).slots
+        3
     """
     if not isinstance(order, int) or not 1 <= order <= 4:
         raise ValueError(f"ipndm: expected order of 1 to 4, got {order!r}")
@@ -67,6 +75,11 @@ def pndm(
         ValueError: too few steps, or ``middle`` of other than three points.
 
     Source: Liu et al., "Pseudo Numerical Methods for Diffusion Models on Manifolds" (ICLR 2022), equations 9, 12, 13.
+
+    Example:
+        >>> from fastcifar.diffusion import DiscreteVP, pndm
+        >>> len(pndm(DiscreteVP.linear().points(10)))  # the first step is taken twice
+        11
     """
     found = levels(points, "pndm")
     steps, times = len(found) - 1, points.timesteps.tolist()

@@ -390,5 +390,17 @@ class FlowSchedule(Schedule):
 
 def exploding(points: Points) -> Points:
     """The same points for ``x / alpha``: alpha 1 and sigma ``sigma / alpha``, as Euler, Heun and LMS are usually run on
-    a model of a variance preserving schedule (which then sees ``x / sqrt(1 + sigma^2)``: ``scaled`` of a builder)."""
+    a model of a variance preserving schedule (which then sees ``x / sqrt(1 + sigma^2)``: ``scaled`` of a builder).
+
+    Args:
+        points: S + 1 points whose alpha is above 0.
+
+    Returns:
+        :class:`Points` of the same timesteps.
+
+    Example:
+        >>> from fastcifar.diffusion import DiscreteVP, exploding
+        >>> exploding(DiscreteVP.linear().points(3)).alpha.tolist()
+        [1.0, 1.0, 1.0, 1.0]
+    """
     return Points(points.timesteps, torch.ones_like(points.alpha), points.sigma / points.alpha)

@@ -137,6 +137,14 @@ def dpm_solver_singlestep(
     divide by the order. The last step is of order 1 where data are expanded to sigma 0.
 
     Source: Lu et al. 2022, arXiv 2206.00927, algorithms 1 and 2, and 2211.01095, appendix B.
+
+    Raises:
+        ValueError: an argument is not as described, or a step cannot be taken.
+
+    Example:
+        >>> from fastcifar.diffusion import DiscreteVP, dpm_solver_singlestep
+        >>> len(dpm_solver_singlestep(DiscreteVP.linear().points(12, "trailing"), order=3))
+        12
     """
     name = f"{algorithm}{order}s"
     _choice(name, "algorithm", algorithm, ("dpmsolver++", "dpmsolver"))
@@ -187,6 +195,11 @@ def unipc(
         ValueError: an argument is not as described, or a step cannot be taken.
 
     Source: Zhao et al. 2023, arXiv 2302.04867, algorithms 5 to 8.
+
+    Example:
+        >>> from fastcifar.diffusion import DiscreteVP, unipc
+        >>> unipc(DiscreteVP.linear().points(10, "trailing"), order=3).slots
+        4
     """
     name = f"unipc{order} {variant}"
     _choice(name, "variant", variant, ("bh1", "bh2"))
@@ -221,6 +234,14 @@ def deis(
         prediction, scaled: see :func:`fastcifar.diffusion.usf.usf`.
 
     Source: Zhang and Chen, "Fast Sampling of Diffusion Models with Exponential Integrator" (ICLR 2023), section 3.
+
+    Raises:
+        ValueError: an argument is not as described, or a step cannot be taken.
+
+    Example:
+        >>> from fastcifar.diffusion import EDMSchedule, deis
+        >>> deis(EDMSchedule().points(10), order=3).slots
+        2
     """
     name = f"deis{order}"
     orders = _orders(points, order, lower_order_final, "noise", name)
@@ -236,6 +257,16 @@ def lms(points: Points, order: int = 4, *, prediction: str = "epsilon", scaled: 
         points: S + 1 points; usually :func:`fastcifar.diffusion.exploding`.
         order: 1 to 6. Default 4.
         prediction, scaled: see :func:`fastcifar.diffusion.usf.usf`.
+
+    Raises:
+        ValueError: an argument is not as described, or a step cannot be taken.
+
+    Source: crowsonkb/k-diffusion, ``sample_lms``, whose quadrature these integrals replace.
+
+    Example:
+        >>> from fastcifar.diffusion import EDMSchedule, lms
+        >>> lms(EDMSchedule().points(10)).slots
+        3
     """
     name = f"lms{order}"
     decisions = [Decision(o, "rho") for o in _orders(points, order, False, "rho", name)]
@@ -265,6 +296,11 @@ def solver_table(solver: str, points: Points, **options: Any) -> SolverTable:
 
     Raises:
         ValueError: an unknown solver, or an option that it does not have.
+
+    Example:
+        >>> from fastcifar.diffusion import DiscreteVP, solver_table
+        >>> solver_table("ddim", DiscreteVP.linear().points(10)).slots
+        0
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver_table: expected solver to be one of {', '.join(SOLVERS)}; got {solver!r}")
