@@ -8,6 +8,7 @@ comes twice lends no slope: it is left out (:func:`distinct`).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..diffusion.expansion import phi
+from ..diffusion.draft import Level as Level
+from ..diffusion.expansion import phi, polynomial_weights
 from ..diffusion.reference import CONVERT, CORRECT, HISTORY, PREDICT, TERMS
 
 X, OUTPUT, CONVERTED, CORRECTED, NOISE = 0, 1, 2 + HISTORY, 3 + HISTORY, 4 + HISTORY
@@ -63,19 +65,6 @@ def program(
     )
 
 
-class Level(NamedTuple):
-    """How much image and how much noise a sample holds."""
-
-    alpha: float
-    sigma: float
-
-    @property
-    def lam(self) -> float:
-        if self.sigma == 0:
-            return math.inf
-        return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
-
-
 def preserving(sigma: float) -> Level:
     """The level where the variance is preserved, of a ratio sigma / alpha."""
     alpha = 1 / math.sqrt(sigma * sigma + 1)
@@ -103,20 +92,12 @@ def distinct(now: Level, before: Sequence[Level]) -> list[Before]:
 
 
 def weights(nodes: Sequence[float], moments: Sequence[float], where: str) -> list[float]:
-    """w with ``sum_j w_j nodes_j^k = moments_k``: a rule that is exact for polynomials."""
-    scale = max((abs(node) for node in nodes), default=0.0) or 1.0
-    size = len(nodes)
-    rows = [[(node / scale) ** k for node in nodes] + [moments[k] / scale**k] for k in range(size)]
-    for i in range(size):
-        best = max(range(i, size), key=lambda r: abs(rows[r][i]))
-        rows[i], rows[best] = rows[best], rows[i]
-        if abs(rows[i][i]) < 1e-14:
-            raise ValueError(f"{where}: expected different levels of noise in successive steps, got one of them twice")
-        for r in range(size):
-            if r != i:
-                factor = rows[r][i] / rows[i][i]
-                rows[r] = [a - factor * b for a, b in zip(rows[r], rows[i], strict=True)]
-    return [rows[i][size] / rows[i][i] for i in range(size)]
+    """:func:`polynomial_weights` of nodes that came from a schedule."""
+    least = 1e-14 * max((abs(node) for node in nodes), default=0.0)
+    ordered = sorted(nodes)
+    if any(b - a <= least for a, b in itertools.pairwise(ordered)):
+        raise ValueError(f"{where}: expected different levels of noise in successive steps, got one of them twice")
+    return polynomial_weights(nodes, moments)
 
 
 def as_image(kind: str, level: Level, where: str) -> tuple[float, float]:

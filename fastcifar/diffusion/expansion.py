@@ -35,7 +35,7 @@ from .draft import Level
 KINDS = {"noise": "noise", "data": "data", "flow": "flow", "rho": "noise", "sde_noise": "noise", "sde_data": "data"}
 RELAXATIONS = ("linear", "dpmsolver-2", "unipc-bh1", "unipc-bh2", "0.5exp", "-0.5exp")
 
-__all__ = ["KINDS", "RELAXATIONS", "Update", "phi", "relaxation_factor", "update"]
+__all__ = ["KINDS", "RELAXATIONS", "Update", "phi", "polynomial_weights", "relaxation_factor", "update"]
 
 
 def phi(k: int, z: float) -> float:
@@ -138,12 +138,11 @@ def _distinct(kind: str, found: Sequence[Level], start: int, others: Sequence[in
     return result
 
 
-def _derivative(distances: Sequence[float], d: int) -> list[float]:
-    """w with ``sum_j w_j l_j^i / i! = [i = d]``, i from 1 to the number of distances: of the Taylor series."""
-    size = len(distances)
-    unit = max(abs(distance) for distance in distances)
-    rows = [[(distance / unit) ** i for distance in distances] + [0.0] for i in range(1, size + 1)]
-    rows[d - 1][size] = math.factorial(d) / unit**d
+def polynomial_weights(nodes: Sequence[float], moments: Sequence[float]) -> list[float]:
+    """w with ``sum_j w_j nodes_j^k = moments_k``, k from 0: a rule that is exact for polynomials. Nodes differ."""
+    size = len(nodes)
+    unit = max((abs(node) for node in nodes), default=0.0) or 1.0  # powers of far nodes would drown those of near ones
+    rows = [[(node / unit) ** k for node in nodes] + [moments[k] / unit**k] for k in range(size)]
     for i in range(size):
         best = max(range(i, size), key=lambda r: abs(rows[r][i]))
         rows[i], rows[best] = rows[best], rows[i]
@@ -152,6 +151,12 @@ def _derivative(distances: Sequence[float], d: int) -> list[float]:
                 factor = rows[r][i] / rows[i][i]
                 rows[r] = [a - factor * b for a, b in zip(rows[r], rows[i], strict=True)]
     return [rows[i][size] / rows[i][i] for i in range(size)]
+
+
+def _derivative(distances: Sequence[float], d: int) -> list[float]:
+    """w with ``sum_j w_j l_j^i / i! = [i = d]``, i from 1 to the number of distances: of the Taylor series."""
+    moments = [math.factorial(d) * (i == d) for i in range(1, len(distances) + 1)]
+    return [w / distance for w, distance in zip(polynomial_weights(distances, moments), distances, strict=True)]
 
 
 def update(
