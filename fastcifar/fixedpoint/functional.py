@@ -336,7 +336,7 @@ def _check_frac_bits(op: str, frac_bits: Tensor, x: Tensor) -> None:
     if not shape:
         return
     fits = len(shape) <= x.dim() and all(a in (1, b) for a, b in zip(reversed(shape), reversed(x.shape), strict=False))
-    if not fits or sum(size != 1 for size in shape) > 1:
+    if not fits or len([size for size in shape if size != 1]) > 1:
         raise ValueError(
             f"{op}: expected frac_bits to broadcast against x {tuple(x.shape)} with at most one dimension above 1, "
             f"got {tuple(shape)}"
