@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _rules
 from ._rules import state_dtype as state_dtype
@@ -93,8 +94,12 @@ def owned(op: str, device: str) -> bool:
 
 
 def serves(op: str, x: Tensor) -> bool:
-    """:func:`owned` on the device of ``x``, whose name takes longer to ask for than whether it is the CPU."""
-    return (op, "cpu" if x.is_cpu else x.device.type) in OWNERS
+    """:func:`owned` on the device of ``x``, whose name takes longer to ask for than whether it is the CPU.
+
+    Not in forward-mode differentiation (``torch.func.jvp``): PyTorch gives the result of an op that knows nothing of it a
+    derivative of 0 in silence. The references have the right one, or raise.
+    """
+    return (op, "cpu" if x.is_cpu else x.device.type) in OWNERS and forward_ad._current_level < 0
 
 
 def transformed(t: Tensor) -> bool:

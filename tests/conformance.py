@@ -327,6 +327,34 @@ def test_vmap_of_grad_equals_a_loop(spec, device):
     assert identical(mapped, torch.stack([torch.func.grad(loss)(b) for b in batch]))
 
 
+@by_differentiable
+@by_device
+def test_torch_func_jvp(spec, device):
+    """The reference's, which raises where a surrogate or a straight-through gradient has no forward mode."""
+    dtype = torch.float64 if torch.float64 in spec.dtypes else spec.dtypes[0]
+    inputs = _inputs(spec, "prime", dtype, device)
+    for options in spec.options:
+        first, *others = [n for n in inputs if n not in options]
+        rest = {n: inputs[n] for n in others}
+        tangent = torch.linspace(-1, 1, inputs[first].numel(), dtype=dtype, device=device).view(inputs[first].shape)
+
+        def of(function, first=first, rest=rest, options=options):
+            def one(t):
+                return function(**{first: t}, **rest, **options)[0]
+
+            return torch.func.jvp(one, (inputs[first],), (tangent,))  # noqa: B023
+
+        try:
+            expected = of(spec.reference)
+        except NotImplementedError:
+            with pytest.raises(NotImplementedError, match="jvp"):
+                of(spec.function)
+            continue
+        for a, b in zip(of(spec.function), expected, strict=True):
+            torch.testing.assert_close(a, b)
+        assert expected[1].abs().sum() > 0
+
+
 @pytest.mark.parametrize("spec", [s for s in SPECS if s.smooth], ids=lambda s: s.name)
 @by_device
 def test_derivatives_of_first_and_second_order(spec, device):

@@ -335,7 +335,8 @@ def _check_frac_bits(op: str, frac_bits: Tensor, x: Tensor) -> None:
     shape = frac_bits.shape
     if not shape:
         return
-    fits = len(shape) <= x.dim() and all(a in (1, b) for a, b in zip(reversed(shape), reversed(x.shape), strict=False))
+    pairs = zip(reversed(shape), reversed(x.shape), strict=False)
+    fits = len(shape) <= x.dim() and all(a == 1 or a == b for a, b in pairs)
     if not fits or len([size for size in shape if size != 1]) > 1:
         raise ValueError(
             f"{op}: expected frac_bits to broadcast against x {tuple(x.shape)} with at most one dimension above 1, "

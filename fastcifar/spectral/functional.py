@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -119,7 +118,7 @@ def check_tokens(op: str, x: Tensor, spatial_size: Sequence[int] | None) -> tupl
         if spatial_size is not None and tuple(spatial_size) != grid:
             raise ValueError(f"{op}: expected spatial_size {grid} as in x, got {tuple(spatial_size)}")
     elif spatial_size is None:
-        side = math.isqrt(x.shape[1])
+        side = int(x.shape[1] ** 0.5 + 0.5)  # not isqrt, which torch.compile does not know for symbols
         if side * side != x.shape[1]:
             raise ValueError(f"{op}: expected spatial_size, as {x.shape[1]} tokens are no square")
         grid = (side, side)

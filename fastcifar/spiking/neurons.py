@@ -182,7 +182,7 @@ def check_parameter(op: str, name: str, value: Parameter, x: Tensor | None = Non
         raise ValueError(f"{op}: expected {name} on x's device {x.device}, got {value.device}")
     inner = x.shape[1:]
     pairs = zip(reversed(value.shape), reversed(inner), strict=False)
-    if value.dim() > len(inner) or any(size not in (1, n) for size, n in pairs):
+    if value.dim() > len(inner) or any(size != 1 and size != n for size, n in pairs):
         raise ValueError(
             f"{op}: expected {name} to broadcast against {tuple(inner)} (x without time), got {tuple(value.shape)}"
         )

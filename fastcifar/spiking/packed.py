@@ -154,7 +154,7 @@ def _conv(
 
 def _pays(spikes: PackedSpikes, weight: Tensor, bias: Tensor | None) -> bool:
     graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (weight, bias))
-    served = weight.dtype == torch.float32 and _library.owned("packed_conv", weight.device.type)
+    served = weight.dtype == torch.float32 and _library.serves("packed_conv", weight)
     return served and not graph and spikes.density() <= DENSEST
 
 

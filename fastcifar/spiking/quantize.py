@@ -309,7 +309,7 @@ def _check(op: str, x: Tensor, name: str, step: Tensor) -> None:
     if step.device != x.device:
         raise ValueError(f"{op}: expected {name} on x's device {x.device}, got {step.device}")
     pairs = zip(reversed(step.shape), reversed(x.shape), strict=False)
-    if step.dim() > x.dim() or any(size not in (1, n) for size, n in pairs):
+    if step.dim() > x.dim() or any(size != 1 and size != n for size, n in pairs):
         raise ValueError(f"{op}: expected {name} to broadcast against {tuple(x.shape)}, got {tuple(step.shape)}")
 
 
