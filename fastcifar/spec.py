@@ -84,7 +84,7 @@ class OpSpec:
 
 def all_specs() -> list[OpSpec]:
     """Every op's declaration, from fastcifar/<family>/spec.py."""
-    return [spec for family in FAMILIES for spec in importlib.import_module(f"fastcifar.{family}.spec").SPECS]
+    return [spec for family in FAMILIES for spec in importlib.import_module(f".{family}.spec", __package__).SPECS]
 
 
 def run(

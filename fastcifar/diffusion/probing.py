@@ -56,7 +56,7 @@ def from_diffusers(scheduler: Any, **options: Any) -> SolverTable:
         raise ValueError(f"from_diffusers: expected {type(scheduler).__name__}.set_timesteps to be called before")
     twin = _twin(scheduler)
     if twin is not None:
-        table = importlib.import_module("fastcifar.compat._diffusers_table").recorded(twin, options)
+        table = importlib.import_module("..compat._diffusers_table", __package__).recorded(twin, options)
         _verify(table, scheduler, options)
         return table
     config = scheduler.config
@@ -83,7 +83,7 @@ def _twin(scheduler: Any) -> Any:
     name = type(scheduler).__name__
     if not type(scheduler).__module__.startswith(("diffusers.", "fastcifar.")):
         return None
-    ours = getattr(importlib.import_module("fastcifar.compat.diffusers"), name, None)
+    ours = getattr(importlib.import_module("..compat.diffusers", __package__), name, None)
     if ours is None:
         return None
     if type(scheduler) is ours:

@@ -51,6 +51,15 @@ NESTED = (
     "PyTorch's reentrant variant does not look into nested inputs and outputs ([torch's page]"
     "(https://docs.pytorch.org/docs/stable/checkpoint.html)); the other one does."
 )
+INFINITE = (
+    "An open bound is an infinity, which AOTInductor's package writes as a string and then cannot read (torch 2.13: "
+    "`type must be number, but is string`); a finite bound works."
+)
+SCALARS = (
+    "PyTorch's `fully_shard` takes no scalar parameters ([torch's page]"
+    "(https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)): give them a shape of `(1,)`, or name "
+    "them in `ignored_params`."
+)
 STATE = "Batch statistics of mapped copies cannot be written into one buffer ([torch's page](https://docs.pytorch.org/docs/stable/func.batch_norm.html))."
 
 
@@ -90,8 +99,9 @@ def seeded(make: Callable[..., nn.Module], *args: Any, **options: Any) -> Callab
 def _spiking() -> list[Subject]:
     sequence = lambda: (numbers(4, 6, 5) * 2,)  # noqa: E731
     images = lambda: (numbers(4, 3, 5, 4, 4) * 2,)  # noqa: E731
+    limits = {"PLIF": {"fsdp": SCALARS}, "KLIF": {"fsdp": SCALARS}, "SignedIF": {"aoti": INFINITE}}
     found = [
-        Subject(f"spiking.{name}", seeded(getattr(spiking, name)), sequence, batch=1)
+        Subject(f"spiking.{name}", seeded(getattr(spiking, name)), sequence, limits.get(name, {}), batch=1)
         for name in (
             *("IF", "LIF", "PLIF", "QIF", "EIF", "KLIF", "ILIF", "Leaky", "Izhikevich", "CUBALIF", "ALIF", "SignedIF"),
         )
@@ -112,8 +122,8 @@ def _spiking() -> list[Subject]:
     )
     plain = lambda: (numbers(6, 5),)  # noqa: E731
     found += [
-        Subject("spiking.QCFS", spiking.QCFS, plain),
-        Subject("spiking.LSQ", lambda: spiking.LSQ(init=0.2), plain),
+        Subject("spiking.QCFS", spiking.QCFS, plain, {"fsdp": SCALARS}),
+        Subject("spiking.LSQ", lambda: spiking.LSQ(init=0.2), plain, {"fsdp": SCALARS}),
     ]
 
     def network() -> nn.Module:
@@ -192,17 +202,18 @@ def _fixedpoint() -> list[Subject]:
     }
     plain = lambda: (numbers(3, 6),)  # noqa: E731
     typed_alone = dict.fromkeys((*GRAPHS, "grad", "reentrant"), TYPED)
+    scalar = {**typed_alone, "fsdp": SCALARS}
     return [
         Subject("fixedpoint.FixedPoint", lambda: fixedpoint.FixedPoint(8, 3), plain),
-        Subject("fixedpoint.FixedCast", lambda: fixedpoint.FixedCast(8, 4.0), plain, typed_alone),
+        Subject("fixedpoint.FixedCast", lambda: fixedpoint.FixedCast(8, 4.0), plain, scalar),
         Subject("fixedpoint.PowerOfTwo", lambda: fixedpoint.PowerOfTwo(2), plain),
-        Subject("fixedpoint.FixedInput", layer("FixedInput", 8), inputs["FixedInput"], typed_alone, trains=False),
+        Subject("fixedpoint.FixedInput", layer("FixedInput", 8), inputs["FixedInput"], scalar, trains=False),
         Subject("fixedpoint.FixedLinear", layer("FixedLinear", 6, 5), flat, typed_alone),
         Subject("fixedpoint.FixedConv2d", layer("FixedConv2d", 2, 3, 3), image, typed_alone),
         Subject("fixedpoint.FixedBatchNorm2d", layer("FixedBatchNorm2d", 2), image, typed_alone),
-        Subject("fixedpoint.FixedReLU", layer("FixedReLU"), flat, typed_alone),
-        Subject("fixedpoint.FixedAdd", layer("FixedAdd"), inputs["FixedAdd"], typed_alone),
-        Subject("fixedpoint.FixedAvgPool2d", layer("FixedAvgPool2d"), image, typed_alone),
+        Subject("fixedpoint.FixedReLU", layer("FixedReLU"), flat, scalar),
+        Subject("fixedpoint.FixedAdd", layer("FixedAdd"), inputs["FixedAdd"], scalar),
+        Subject("fixedpoint.FixedAvgPool2d", layer("FixedAvgPool2d"), image, scalar),
         Subject("fixedpoint.FixedMaxPool2d", layer("FixedMaxPool2d", 2), image, typed_alone),
         Subject("fixedpoint.FixedFlatten", layer("FixedFlatten"), image, typed_alone),
     ]
@@ -218,7 +229,7 @@ def _earlyexit() -> list[Subject]:
     rows = lambda: (numbers(5, 6),)  # noqa: E731
     graphs = dict.fromkeys(GRAPHS, DECIDES)
     return [
-        Subject("earlyexit.EarlyExit", lambda: _staged("masked"), rows, trains=False),
+        Subject("earlyexit.EarlyExit", lambda: _staged("masked"), rows, {"aoti": INFINITE}, trains=False),
         Subject("earlyexit.EarlyExit (compact)", lambda: _staged("compact"), rows, without=graphs, trains=False),
         Subject(
             "earlyexit.JointExitLoss",
@@ -258,8 +269,9 @@ def _diffusion() -> list[Subject]:
 def _compat() -> list[Subject]:
     step = lambda: (numbers(6, 5) * 2,)  # noqa: E731
     tokens = lambda: (numbers(3, 16, 8),)  # noqa: E731
+    scalar = {name: {"fsdp": SCALARS} for name in ("ParametricLIFNode", "KLIFNode")}
     found = [
-        Subject(f"compat.spikingjelly.{name}", seeded(getattr(spikingjelly, name)), step)
+        Subject(f"compat.spikingjelly.{name}", seeded(getattr(spikingjelly, name)), step, scalar.get(name, {}))
         for name in (
             *("IFNode", "LIFNode", "ParametricLIFNode", "QIFNode", "EIFNode", "IzhikevichNode", "KLIFNode"),
             *("CUBALIFNode", "ILIFNode"),
@@ -293,6 +305,19 @@ def _compat() -> list[Subject]:
 
 
 SUBJECTS = [*_spiking(), *_spectral(), *_fixedpoint(), *_earlyexit(), *_diffusion(), *_compat()]
+
+UNTRAINED = "It has no parameters, so there is no gradient to share."
+DECISION = "It decides or counts, and has no gradient."
+
+
+def why_not(subject: Subject, feature: str) -> str | None:
+    """The reason why a feature does not apply, or None."""
+    if feature in ("grad", "scaler", "checkpoint") and not subject.trains:
+        return DECISION
+    if feature in ("ddp", "fsdp") and not (subject.trains and list(subject.make().parameters())):
+        return UNTRAINED if subject.trains else DECISION
+    return subject.without.get(feature)
+
 
 # Public modules without a row of their own.
 ELSEWHERE = {

@@ -6,27 +6,34 @@ What is proven of single ops (compile, export, autocast, torch.func, opcheck) is
 from __future__ import annotations
 
 import copy
+import functools
 import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ecosystem.subjects import ELSEWHERE, SUBJECTS, Subject, public_modules
+from ecosystem.subjects import ELSEWHERE, SUBJECTS, Subject, public_modules, why_not
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from fastcifar.fixedpoint.casting import with_type
-from fastcifar.spec import identical
+from fastcifar.spec import all_specs, identical
 
 
 def by_subject(feature: str) -> pytest.MarkDecorator:
     """One test a subject; where the feature does not apply, it is skipped with the reason."""
-    marked = [
-        pytest.param(s, id=s.name, marks=[pytest.mark.skip(reason=s.without[feature])] if feature in s.without else [])
-        for s in SUBJECTS
-    ]
-    return pytest.mark.parametrize("subject", marked)
+
+    def case(subject: Subject) -> Any:
+        reason = why_not(subject, feature)
+        return pytest.param(subject, id=subject.name, marks=[pytest.mark.skip(reason=reason)] if reason else [])
+
+    return pytest.mark.parametrize("subject", [case(subject) for subject in SUBJECTS])
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -100,6 +107,13 @@ def test_every_public_module_is_here():
     assert not named & set(ELSEWHERE) & {subject.name for subject in SUBJECTS}
 
 
+def test_the_page_has_every_row_and_no_gap():
+    page = (Path(__file__).parent.parent.parent / "docs" / "compatibility.md").read_text()
+    rows = [*(s.name for s in SUBJECTS), *ELSEWHERE, *(f"{s.family}.{s.name}" for s in all_specs())]
+    assert not [row for row in rows if f"| `{row}` |" not in page], "make compatibility writes the page"
+    assert "**" not in page
+
+
 @by_subject("compile")
 def test_compile(subject):
     torch._dynamo.reset()
@@ -148,8 +162,6 @@ def test_autocast(subject, dtype):
 
 @by_subject("scaler")
 def test_scaler(subject):
-    if not subject.trains:
-        pytest.skip("It decides or counts, and has no gradient.")
     module = subject.make()
     parameters = list(module.parameters())
     inputs = leaves(subject)
@@ -167,8 +179,6 @@ def test_scaler(subject):
 @by_subject("grad")
 def test_grad(subject):
     """torch.func.grad over the parameters of functional_call, or over the first input where there are none."""
-    if not subject.trains:
-        pytest.skip("It decides or counts, and has no gradient.")
     module = subject.make().eval()
     expected = plain(subject, module)
     parameters = {k: p.detach() for k, p in module.named_parameters() if p.requires_grad}
@@ -209,8 +219,6 @@ def is_float(t: Any) -> bool:
 @by_subject("checkpoint")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(subject, use_reentrant):
-    if not subject.trains:
-        pytest.skip("It decides or counts, and has no gradient.")
     module = subject.make()
     twin = copy.deepcopy(module)
     if use_reentrant and "reentrant" in subject.without:
@@ -259,3 +267,67 @@ def test_meta(subject):
             fake = tensors(module(*pytree.tree_map(faked, subject.inputs())))
     for f, r in zip(fake, real, strict=True):
         assert (f.shape, f.dtype) == (r.shape, r.dtype)
+
+
+# ---- several processes, and packages ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory):
+    """What was wrong with each subject in two processes, by kind."""
+
+    @functools.cache
+    def run(kind: str) -> dict[str, str]:
+        out = tmp_path_factory.mktemp(kind) / "results.json"
+        script = Path(__file__).parent / "distributed.py"
+        done = subprocess.run([sys.executable, script, kind, out], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text())
+
+    return run
+
+
+@by_subject("ddp")
+def test_ddp(subject, distributed):
+    assert distributed("ddp")[subject.name] == ""
+
+
+@by_subject("fsdp")
+def test_fsdp(subject, distributed):
+    assert distributed("fsdp")[subject.name] == ""
+
+
+class Together(nn.Module):
+    """All of a family in one program: a package takes a compiler many seconds."""
+
+    def __init__(self, subjects: list[Subject]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([subject.make().eval() for subject in subjects])
+
+    def forward(self, *groups: Any) -> list[list[Tensor]]:
+        return [tensors(part(*group)) for part, group in zip(self.parts, groups, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """Outputs of a family's subjects, by their package and by themselves."""
+
+    @functools.cache
+    def run(family: str) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+        chosen = [s for s in SUBJECTS if s.name.startswith(f"{family}.") and not why_not(s, "aoti")]
+        inputs = tuple(s.inputs() for s in chosen)
+        with torch.no_grad():
+            expected = Together(chosen)(*inputs)
+            program = torch.export.export(Together(chosen), inputs)
+        path = tmp_path_factory.mktemp(family) / "model.pt2"
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        found = torch._inductor.aoti_load_package(str(path))(*inputs)
+        return {s.name: pair for s, pair in zip(chosen, zip(found, expected, strict=True), strict=True)}
+
+    return run
+
+
+@pytest.mark.skipif(not os.environ.get("FASTCIFAR_ECOSYSTEM"), reason="a minute of compiling: make compatibility")
+@by_subject("aoti")
+def test_aoti(subject, packaged):
+    same(*packaged(subject.name.partition(".")[0])[subject.name], 1e-5)
