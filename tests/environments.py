@@ -1,8 +1,9 @@
 """The wheel of dist/ in other environments: ``python environments.py python ...`` (make environments).
 
-Each argument is the python of an environment that has torch, numpy, pytest, hypothesis, apytypes, scipy and tqdm. The wheel is
-installed there without its dependencies, the conformance matrix and each family's own tests run from another folder, and
-the outcome goes into docs/data/environments.json, which ``make compatibility`` renders. Peers' tests are not among them.
+Each argument is the python of an environment that has torch, numpy, pytest, hypothesis, apytypes, scipy and tqdm. The
+wheel is installed there without its dependencies, the conformance matrix and each family's own tests run from another
+folder, and the outcome goes into docs/data/environments.json, which ``make compatibility`` renders. Tests of peers are
+not among them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ TESTS = [
     "conformance.py",
     *(f"test_{name}.py" for name in ("spiking", "spectral", "fixedpoint", "earlyexit", "diffusion")),
 ]
-FACTS = "import platform, torch, numpy; print(platform.python_version(), torch.__version__.partition('+')[0], numpy.__version__)"
+FACTS = """
+import platform, torch, numpy
+print(platform.python_version(), torch.__version__.partition("+")[0], numpy.__version__)
+"""
 
 
 def run(python: str, wheel: Path) -> dict[str, str | int]:
