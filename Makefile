@@ -16,7 +16,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full bench-grid test lint wheel sanitize cuda gpu-check
-.PHONY: docs compatibility hub environments fuzz instructions publish data clean distclean
+.PHONY: docs compatibility hub environments mutants fuzz instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -74,10 +74,13 @@ compatibility: $(BUILT) ## every op and module with every feature of PyTorch: do
 fuzz: $(BUILT) ## a million hostile calls over every op's schema (FUZZ=calls)
 	$(BIN)/python tests/fuzz.py $(or $(FUZZ),1000000)
 
+mutants: $(BUILT) ## a seeded bug at a time in every kernel, and a test must fail (MUTANTS="words of some")
+	$(BIN)/python tests/mutants.py $(MUTANTS)
+
 instructions: $(BUILT) ## count the raw kernels' instructions (callgrind) and compare with tests/data/instructions.json
 	$(BIN)/python tests/instructions.py
 
-sanitize: $(BUILT) ## address, undefined-behaviour and thread sanitizer over the kernels' tests
+sanitize: $(BUILT) ## address, undefined-behaviour and thread sanitizer over the test suite
 	VENV=$(VENV) tests/sanitize.sh address
 	VENV=$(VENV) tests/sanitize.sh thread
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -61,6 +61,33 @@ def hero(cases: Sequence[Case], machine: str, path: Path) -> None:
         figure.suptitle(f"{case.op.upper()} neurons, {case.workload}, on {machine}", fontsize=9)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160, metadata={"Software": None})
+
+
+def times(tests: Sequence[dict[str, Any]], machine: str, path: Path) -> None:
+    """A family's picture: the times of a few benchmarks, one panel each, from what they recorded (``extra_info``)."""
+    with mpl.rc_context(STYLE):
+        most = max(len(info["candidates"]) for info in tests)
+        figure = Figure(figsize=(9, 0.9 + 0.28 * most), layout="constrained")
+        for axes, info in zip(figure.subplots(1, len(tests), squeeze=False)[0], tests, strict=True):
+            shown = {n: f for n, f in info["candidates"].items() if "seconds" in f and f["role"] != "floor"}
+            medians = [facts["seconds"]["median"] for facts in shown.values()]
+            largest = max(medians)
+            unit, scale = ("ms", 1e3) if largest >= 1e-3 else ("microseconds", 1e6)
+            colours = [COLOURS[facts["role"]] for facts in shown.values()]
+            bars = axes.barh(list(shown), [median * scale for median in medians], color=colours, height=0.75)
+            axes.bar_label(bars, [duration(median) for median in medians], padding=3, fontsize=8)
+            if "floor" in info["candidates"]:
+                floor = info["candidates"]["floor"]["seconds"]["median"]
+                axes.axvline(floor * scale, color=FLOOR, linestyle="--", linewidth=1.2)
+            axes.set_xlim(0, largest * scale * 1.25)
+            mode = "" if info["mode"] == "call" else f", {info['mode']}"
+            axes.set(xlabel=unit)
+            axes.set_title(f"{info['op']}{mode}\n{info['workload']}", fontsize=8.5)
+            axes.tick_params(axis="y", labelsize=8)
+            _finish(axes)
+        figure.suptitle(f"on {machine}; dashed: the floor set by memory or arithmetic", fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 def _hero_label(row: Row, baseline: str | None) -> str:

@@ -23,6 +23,49 @@ ROOT = HERE.parent
 RUN = HERE / "report" / "bench.json"
 
 
+# The picture of each family's page: op, workload and mode of a few benchmarks.
+PICTURES = {
+    "spectral": [
+        ("spectral_gate", "[64,8,8,256] float32", "forward"),
+        ("spectral_gate", "[64,8,8,256] float32", "forward+backward"),
+        ("spectral_gate", "[64,32,32,64] float32", "forward"),
+    ],
+    "fixedpoint": [
+        ("quantize_trainable", "2^22 float32, width 8, rnd_conv, sat", "forward"),
+        ("quantize_trainable", "2^22 float32, width 8, rnd_conv, sat", "forward+backward"),
+        ("integer linear", "[512,1152] x [1152,256]", "call"),
+    ],
+    "earlyexit": [
+        ("exit_decide confidence", "[4096,10] float32", "call"),
+        ("exit_decide entropy", "[4096,1000] float32", "call"),
+        ("earlyon wrapper", "[64,3,32,32], 32 to 256 channels, half leave at each", "call"),
+    ],
+    "diffusion": [
+        ("solver_step", "DPM++2M [64,4,128,128] float32", "forward"),
+        ("solver_step", "UniPC3 [64,4,128,128] float32", "forward"),
+        ("scheduler.step", "UniPC 3 [64,3,32,32] float32", "step"),
+    ],
+    "accelerate": [
+        ("SpikingJelly ResNet, multi-step", "[4,16,3,32,32], 17 layers of spiking", "forward+backward"),
+        ("GFNet", "[64,3,32,32], 6 layers of spectral", "forward+backward"),
+        ("brevitas CNN", "[64,3,32,32], 8 layers of fixedpoint", "forward+backward"),
+    ],
+}
+
+
+def pictures(run: dict[str, Any], machine: str) -> None:
+    """Draws those whose benchmarks were all run."""
+    found = {}
+    for benchmark in run["benchmarks"]:
+        info = benchmark["extra_info"]
+        if not info.get("mapped"):
+            found[info["op"], info["workload"], info["mode"]] = info
+    for family, wanted in PICTURES.items():
+        if all(key in found for key in wanted):
+            path = ROOT / "docs" / "images" / f"bench_{family}.png"
+            plots.times([found[key] for key in wanted], machine, path)
+
+
 def compact(cases: list[Case], ratios: bool = False) -> str:
     """A line a workload: time and multiple of the floor for each candidate and, with ``ratios``, of ours."""
     names = list(dict.fromkeys(row.name for case in cases for row in case.rows if row.role != "floor"))
@@ -93,6 +136,7 @@ def publish(results: Results) -> None:
     mapped = {(case.op, case.workload) for case in neurons if case.mapped}
     plain = [case for case in neurons if (case.op, case.workload) not in mapped]
     plots.hero(plain[:2], where, ROOT / "docs" / "images" / "bench_spiking.png")
+    pictures(json.loads(RUN.read_text()), where)
     spiking = [case for case in results.families["spiking"]["cases"] if case.op == "lif"]
     plif = [case for case in results.families["spiking"]["cases"] if case.op == "plif"]
     caption = f"Measured by `make bench` on {results.lines[0]}; in brackets the multiple of the floor.\n\n"
@@ -114,10 +158,25 @@ def publish(results: Results) -> None:
     publish_earlyexit(results, caption)
     publish_diffusion(results, caption)
     publish_search(results, caption)
+    publish_accelerate(results, caption)
     for family, prefix in (("spiking", "grid"), ("spectral", "grid-spectral")):
         grid = HERE / "results" / f"{prefix}-{name}.md"
         if grid.exists():
             insert(ROOT / "docs" / f"{family}.md", "grid", grid.read_text().strip())
+
+
+def publish_accelerate(results: Results, caption: str) -> None:
+    if "accelerate" not in results.families:
+        return
+    cells = [["", "before", "after", "times as fast", "whole model", "times as fast"]]
+    for table in results.families["accelerate"]["overhead"]:
+        title, (_, *rows) = table[0][0], table
+        before, after, whole_before, whole_after = (row[1] for row in rows)
+        ratios = [float(row[2]) for row in rows]
+        gains = f"{1 / ratios[1]:.1f}", f"{ratios[2] / ratios[3]:.2f}"
+        cells.append([title, before, after, gains[0], f"{whole_before} to {whole_after}", gains[1]])
+    text = caption.replace("; in brackets the multiple of the floor", "") + markdown_table(cells)
+    insert(ROOT / "docs" / "accelerate.md", "accelerate", text)
 
 
 def publish_spectral(results: Results, caption: str) -> None:

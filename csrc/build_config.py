@@ -42,8 +42,13 @@ CXX_FLAGS = [
 ]
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
 
+# Calls in place of inlined checks of memory: a transform that is written out has thousands of accesses, and compiles in
+# seconds instead of minutes. vptr and null double the time of undefined's, and there are no virtual functions here.
 SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": [
+        *("-fsanitize=address,undefined", "-fno-sanitize=vptr,null", "-fno-sanitize-recover=undefined"),
+        *("--param", "asan-instrumentation-with-call-threshold=0"),
+    ],
     "thread": ["-fsanitize=thread"],
 }
 
@@ -53,5 +58,5 @@ def flags() -> tuple[list[str], list[str]]:
     name = os.environ.get("FASTCIFAR_SANITIZE")
     if not name:
         return CXX_FLAGS, []
-    sanitize = SANITIZERS[name]
-    return [*CXX_FLAGS, *sanitize, "-O1", "-g", "-fno-omit-frame-pointer"], sanitize
+    quick = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-var-tracking"]
+    return [*CXX_FLAGS, *SANITIZERS[name], *quick], SANITIZERS[name][:1]
