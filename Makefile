@@ -66,7 +66,7 @@ docs: $(BUILT) ## the site: docs/ and what the docstrings say, into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "build/site/index.html"
 
-fuzz: $(BUILT) ## a million hostile calls over every op's schema (FUZZ=calls)
+fuzz: $(BUILT) ## a million hostile and random calls of every schema and public name (FUZZ=calls)
 	$(BIN)/python tests/fuzz.py $(or $(FUZZ),1000000)
 
 instructions: $(BUILT) ## count the raw kernels' instructions (callgrind) and compare with tests/data/instructions.json
