@@ -16,7 +16,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full bench-grid test lint wheel sanitize cuda gpu-check
-.PHONY: docs fuzz instructions publish data clean distclean
+.PHONY: docs fuzz large instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -68,6 +68,9 @@ docs: $(BUILT) ## the site: docs/ and what the docstrings say, into build/site
 
 fuzz: $(BUILT) ## a million hostile and random calls of every schema and public name (FUZZ=calls)
 	$(BIN)/python tests/fuzz.py $(or $(FUZZ),1000000)
+
+large: $(BUILT) ## every op on more than 2^31 elements: minutes, and up to 14 GiB of memory
+	$(BIN)/python tests/large.py
 
 instructions: $(BUILT) ## count the raw kernels' instructions (callgrind) and compare with tests/data/instructions.json
 	$(BIN)/python tests/instructions.py
