@@ -16,7 +16,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full bench-grid test lint wheel sanitize cuda gpu-check
-.PHONY: docs compatibility hub environments mutants fuzz instructions publish data clean distclean
+.PHONY: docs compatibility hub environments mutants fuzz large instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -71,11 +71,14 @@ compatibility: $(BUILT) ## every op and module with every feature of PyTorch: do
 	FASTCIFAR_ECOSYSTEM=1 FASTCIFAR_OUTCOMES=build/outcomes.jsonl $(PYTEST) --dist loadfile -q tests/ecosystem tests/conformance.py
 	$(BIN)/python tests/ecosystem/table.py build/outcomes.jsonl
 
-fuzz: $(BUILT) ## a million hostile calls over every op's schema (FUZZ=calls)
-	$(BIN)/python tests/fuzz.py $(or $(FUZZ),1000000)
-
 mutants: $(BUILT) ## a seeded bug at a time in every kernel, and a test must fail (MUTANTS="words of some")
 	$(BIN)/python tests/mutants.py $(MUTANTS)
+
+fuzz: $(BUILT) ## a million hostile and random calls of every schema and public name (FUZZ=calls)
+	$(BIN)/python tests/fuzz.py $(or $(FUZZ),1000000)
+
+large: $(BUILT) ## every op on more than 2^31 elements: minutes, and up to 14 GiB of memory
+	$(BIN)/python tests/large.py
 
 instructions: $(BUILT) ## count the raw kernels' instructions (callgrind) and compare with tests/data/instructions.json
 	$(BIN)/python tests/instructions.py

@@ -130,6 +130,14 @@ inline bool fold(const Dims& sizes, const std::vector<Dims>& strides, Panels& ou
   return true;
 }
 
+// Sizes and distances of a convolution's window are below this, so that no product of two of them, times channels that
+// fit in memory, leaves int64.
+constexpr int64_t kMostWindow = int64_t(1) << 24;
+
+inline bool window_pair(const std::vector<int64_t>& v, int64_t lowest) {
+  return v.size() == 2 && std::min(v[0], v[1]) >= lowest && std::max(v[0], v[1]) < kMostWindow;
+}
+
 // 64-byte aligned scratch of one thread.
 inline std::unique_ptr<void, decltype(&std::free)> aligned_scratch(int64_t bytes) {
   void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);

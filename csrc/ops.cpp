@@ -14,7 +14,10 @@ extern "C" __attribute__((used, visibility("default"))) const char fastcifar_bui
 
 namespace fastcifar {
 
-static int64_t cpu_isa(int64_t isa) { return isa < 0 ? active_isa() : select_isa(int(isa)); }
+static int64_t cpu_isa(int64_t isa) {
+  if (isa < 0) return active_isa();
+  return isa < kIsas ? select_isa(int(isa)) : kIsaUnavailable;
+}
 
 static void stream_copy(Tensor dst, Tensor src) {
   const int64_t bytes = dst.numel() * dst.element_size();

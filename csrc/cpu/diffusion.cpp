@@ -266,7 +266,8 @@ void solver_table_step(Tensor ring, OptionalTensor output, Tensor table, int64_t
     }
   const double to[2] = {row[kCoefficients], row[kCoefficients + 1]};
   for (int r = 0; r < 2; ++r) {
-    FC_CHECK(to[r] >= 0 && to[r] <= double(slots), op, ": expected slots of the ring to store to, got ", to[r]);
+    FC_CHECK(to[r] >= 0 && to[r] <= double(slots) && to[r] == std::floor(to[r]), op,
+             ": expected slots of the ring to store to, got ", to[r]);
     if (to[r] > 0) p.out[r] = slot(int64_t(to[r]));
   }
   p.out[kPredict] = slot(0);
@@ -370,8 +371,9 @@ template <class A, class Bits>
 A row_quantile(const A* row, int64_t n, double q) {
   constexpr int kShift = sizeof(A) * 8 - 1 - 11;
   constexpr Bits kMagnitude = ~(Bits(1) << (sizeof(A) * 8 - 1));
-  // As torch.quantile: the rank is a number of x's dtype.
-  const A rank = A(q) * A(n - 1), below = std::floor(rank), weight = rank - below;
+  // As torch.quantile: the rank is a number of x's dtype. That does not take more elements than float32 counts.
+  const double rank = n <= 1 << 24 ? double(A(q) * A(n - 1)) : q * double(n - 1), below = std::floor(rank);
+  const A weight = A(rank - below);
   const int64_t low = int64_t(below), high = std::min(int64_t(std::ceil(rank)), n - 1);
   int64_t counts[2048] = {};
   Bits largest = 0;

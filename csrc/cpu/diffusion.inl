@@ -185,7 +185,9 @@ static void solver_step(const StepProblem& p, int64_t begin, int64_t end, float*
   using A = compute_t<S>;
   over_step_blocks<S>(p, begin, end, noise, [&](StepBlock<S>& b, const StepTerms<A>& terms, int64_t, int64_t) {
     for (int row = 0; row < kRows; ++row) {
-      if (terms.count[row] == 0 && b.out[row] == nullptr) continue;
+      // A later row may use one without terms, which is 0.
+      const bool read = row != kPredict && terms.used[kConverted + row];
+      if (terms.count[row] == 0 && b.out[row] == nullptr && !read) continue;
       A* const to = row == kPredict && StepBlock<S>::kInPlace ? (A*)b.out[row] : b.target(terms, row);
       const bool direct = (void*)to == (void*)b.out[row];
       sum_row<A>(terms, row, b.at, b.count, to, b.part(), p.stream && direct && row != kConvert);

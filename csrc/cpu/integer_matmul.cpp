@@ -53,15 +53,14 @@ Tensor with_outputs_last(const Tensor& weight) {
 Tensor integer_conv(Tensor x, Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, bool wide) {
   const char* const op = "integer_conv";
-  const auto pair = [](const std::vector<int64_t>& v, int64_t lowest) {
-    return v.size() == 2 && v[0] >= lowest && v[1] >= lowest;
-  };
-  FC_CHECK(pair(stride, 1) && pair(padding, 0) && pair(dilation, 1), op, ": expected pairs of positive sizes");
+  FC_CHECK(window_pair(stride, 1) && window_pair(padding, 0) && window_pair(dilation, 1), op,
+           ": expected pairs of positive sizes, below 2^24");
   FC_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Short && weight.is_cpu() && weight.dim() == 4 &&
                weight.scalar_type() == ScalarType::Short,
            op, ": expected x [images, H, W, C] and weight [outputs, kH, kW, C / groups], int16, on the CPU");
   FC_CHECK(groups >= 1 && x.size(3) % groups == 0 && weight.size(0) % groups == 0 &&
-               weight.size(3) * groups == x.size(3) && weight.numel() > 0 && x.size(1) > 0 && x.size(2) > 0,
+               weight.size(3) * groups == x.size(3) && weight.numel() > 0 && window_pair({x.size(1), x.size(2)}, 1) &&
+               window_pair({weight.size(1), weight.size(2)}, 1),
            op, ": expected groups that divide channels and outputs, and a weight for every channel");
   const Tensor in = in_one_piece(x), w = in_one_piece(weight);
   IntegerConv p;

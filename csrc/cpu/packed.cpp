@@ -9,18 +9,16 @@ Tensor packed_conv(Tensor bits, Tensor weight, OptionalTensor bias, int64_t heig
                    std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                    std::vector<int64_t> dilation) {
   const char* const op = "packed_conv";
-  const auto pair = [](const std::vector<int64_t>& v, int64_t lowest) {
-    return v.size() == 2 && v[0] >= lowest && v[1] >= lowest;
-  };
-  FC_CHECK(pair(kernel, 1) && pair(stride, 1) && pair(padding, 0) && pair(dilation, 1) && height > 0 && width > 0, op,
-           ": expected pairs of positive sizes");
+  FC_CHECK(window_pair(kernel, 1) && window_pair(stride, 1) && window_pair(padding, 0) && window_pair(dilation, 1) &&
+               window_pair({height, width}, 1),
+           op, ": expected pairs of positive sizes, below 2^24");
   FC_CHECK(weight.is_cpu() && weight.dim() == 2 && weight.is_contiguous() &&
                weight.scalar_type() == ScalarType::Float && weight.size(1) % 16 == 0 &&
                weight.size(0) % (8 * kernel[0] * kernel[1]) == 0,
            op, ": expected weight [kernel * channels, outputs], float32, contiguous, in multiples of 8 and 16");
   const int64_t channels = weight.size(0) / (kernel[0] * kernel[1]), outputs = weight.size(1);
   FC_CHECK(bits.is_cpu() && bits.dim() == 2 && bits.is_contiguous() && bits.scalar_type() == ScalarType::Byte &&
-               bits.size(1) == height * width * channels / 8,
+               __int128(bits.size(1)) * 8 == __int128(height * width) * channels,
            op, ": expected bits [images, height * width * channels / 8], uint8, contiguous");
   FC_CHECK(!bias || (bias->is_cpu() && bias->is_contiguous() && bias->scalar_type() == ScalarType::Float &&
                      bias->numel() == outputs),

@@ -141,6 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_forward(Tensor x, OptionalTens
   NeuronProblem p = problem(neuron, numbers, v_reset, parameters, walk);
   FC_CHECK(spike_format != kSpikeBits || binary_spikes(p.neuron), walk.op, ": expected a neuron whose spikes are bits");
   const bool second = has_second_state(p.neuron);
+  FC_CHECK(second || !w, walk.op, ": expected no w, as this neuron keeps one state");
   v = state_input(v, walk, "v");
   w = state_input(w, walk, "w");
   Tensor v_last = walk.new_state(), w_last = second ? walk.new_state() : walk.none();
@@ -194,6 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neuron_backward(
                         walk.op);
   NeuronProblem p = problem(neuron, numbers, v_reset, parameters, walk);
   const bool second = has_second_state(p.neuron), need_grad_v = v.has_value(), need_grad_w = w.has_value();
+  FC_CHECK(second || !w, walk.op, ": expected no w, as this neuron keeps one state");
   v = state_input(v, walk, "v");
   w = state_input(w, walk, "w");
   grad_v_last = state_input(grad_v_last, walk, "grad_v_last");

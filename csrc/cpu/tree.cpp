@@ -12,6 +12,8 @@ namespace {
 
 // A node on the way down or up takes some ten nanoseconds a child and as much again.
 constexpr int64_t kNodeCost = 32;
+// Trees (or draws) that are worth a thread, of so many nodes each.
+int64_t grain_of(int64_t nodes) { return kGrain / (kNodeCost * std::clamp<int64_t>(nodes, 1, kGrain)) + 1; }
 
 template <class T>
 T* vector_data(const Tensor& t, int64_t elements, ScalarType dtype, const char* op, const char* what) {
@@ -53,7 +55,7 @@ Tensor tree_select(Tensor value, Tensor visits, Tensor taken, Tensor start, Tens
   p.allowances = allowed.size(0);
   FC_CHECK(p.allowances >= 1 && descents >= 0 && levels >= 0 && width >= 1, op,
            ": expected an allowance, descents and levels of at least 0, and a width of at least 1");
-  p.levels = levels;
+  p.levels = std::min(levels, p.nodes);  // no descent of a tree is longer
   p.width = width;
   p.c_uct = c_uct;
   const int64_t* root = vector_data<int64_t>(roots, -1, ScalarType::Long, op, "roots");
@@ -69,7 +71,7 @@ Tensor tree_select(Tensor value, Tensor visits, Tensor taken, Tensor start, Tens
   // A tree's descents are one after the other, since each sees the visits of those before it.
   const auto descend = tree_kernels(checked_isa()).descend;
   std::atomic<bool> broken{false};
-  const int64_t grain = kGrain / (kNodeCost * std::max<int64_t>(descents * levels, 1)) + 1;
+  const int64_t grain = grain_of(std::min(descents, kGrain) * std::min(p.levels, kGrain));
   parallel_for(trees, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * descents; i < end * descents; ++i) {
       leaf[i] = descend(p, root[i / descents], numbers == nullptr ? nullptr : numbers + i * levels);
@@ -89,15 +91,16 @@ Tensor tree_sample(Tensor value, Tensor start, Tensor count, Tensor pool, Tensor
                uniform.scalar_type() == ScalarType::Double && uniform.size(0) == draws,
            op, ": expected uniform [draws, levels], float64, contiguous");
   const double* numbers = (const double*)uniform.data_ptr();
-  p.levels = uniform.size(1);
+  const int64_t levels = uniform.size(1);
+  p.levels = std::min(levels, p.nodes);
   Tensor leaves = empty_strided({draws}, {1}, ScalarType::Long);
   int64_t* leaf = (int64_t*)leaves.data_ptr();
 
   const auto descend = tree_kernels(checked_isa()).descend;
   std::atomic<bool> broken{false};
-  parallel_for(draws, kGrain / (kNodeCost * std::max<int64_t>(p.levels, 1)) + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(draws, grain_of(p.levels), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      leaf[i] = descend(p, root[i], numbers + i * p.levels);
+      leaf[i] = descend(p, root[i], numbers + i * levels);
       if (leaf[i] < 0) broken.store(true);
     }
   });
@@ -142,7 +145,7 @@ void tree_backup(Tensor value, Tensor parent, Tensor depth, Tensor start, Tensor
     }
     return true;
   };
-  parallel_for(trees, kGrain / (kNodeCost * std::max<int64_t>(each, 1)) + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(trees, grain_of(each), [&](int64_t begin, int64_t end) {
     for (int64_t tree = begin; tree < end; ++tree)
       if (!climb(given + tree * each)) broken.store(true);
   });

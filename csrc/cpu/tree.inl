@@ -119,15 +119,16 @@ static int64_t descend(const TreeProblem& p, int64_t root, const double* uniform
     const int64_t count = p.count[node];
     int64_t visits = 0;
     if (p.visits != nullptr) {
-      visits = ++p.visits[node];
+      visits = p.visits[node] = int64_t(uint64_t(p.visits[node]) + 1);
       if (visits < 1) return -1;
     }
+    if (level == p.nodes) return -1;  // it goes round in a circle
     if (level == p.levels) return node;
     if (p.visits != nullptr) {
       const int64_t allowance = p.allowed[visits < p.allowances ? visits : p.allowances - 1];
       // Where all children are still to be made there is nothing to descend into.
       if (p.taken[node] < allowance || count == 0) {
-        p.taken[node] += p.width;
+        p.taken[node] = int64_t(uint64_t(p.taken[node]) + uint64_t(p.width));
         return node;
       }
     } else if (count == 0) {
