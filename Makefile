@@ -16,7 +16,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .PHONY: help bench bench-full bench-grid test lint wheel sanitize cuda gpu-check
-.PHONY: docs compatibility hub environments mutants fuzz large instructions publish data clean distclean
+.PHONY: docs gallery compatibility hub environments mutants fuzz large instructions publish data clean distclean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -65,6 +65,9 @@ docs: $(BUILT) ## the site: docs/ and what the docstrings say, into build/site
 	@$(PIP) -c $(CONSTRAINTS) $$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 	@echo "build/site/index.html"
+
+gallery: $(BUILT) ## run the examples and put their pictures into docs/images
+	$(BIN)/python examples/gallery.py
 
 compatibility: $(BUILT) ## every op and module with every feature of PyTorch: docs/compatibility.md
 	@rm -f build/outcomes.jsonl

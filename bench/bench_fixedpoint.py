@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastcifar import _library
 from fastcifar.data import cifar10, normalize
-from fastcifar.fixedpoint import OVERFLOWS, ROUNDINGS, quantize_trainable
+from fastcifar.fixedpoint import OVERFLOWS, ROUNDINGS, limit_digits, quantize_trainable, reference
 
 KERNEL = _library.owned("fixed_quantize", DEVICE.type)
 MISSING = "" if KERNEL else "no kernel serves this device, so this is the reference"
@@ -188,3 +188,25 @@ def test_every_mode_takes_the_time_of_the_fastest(paired: Paired, mode: str) -> 
     fastest = min(times, key=lambda name: times[name]["median"])
     paired.record(fastest, target=None)
     paired.info["candidates"] = {fastest: paired.info["candidates"].pop(fastest), **paired.info["candidates"]}
+
+
+@pytest.mark.parametrize("power", [22, 10])
+@pytest.mark.parametrize("signed", [False, True], ids=["highest", "signed"])
+@torch.no_grad()
+def test_limit_digits(paired: Paired, power: int, signed: bool) -> None:
+    x = images(2**power)[0].to(DEVICE)
+    compiled = torch.compile(partial(reference.limit_digits, k=2, signed_digits=signed))
+    calls = {
+        "eager reference": lambda: reference.limit_digits(x, 2, signed),
+        "torch.compile": lambda: compiled(x),
+        "fastcifar": lambda: limit_digits(x, 2, signed_digits=signed),
+    }
+    what = "signed" if signed else "highest"
+    paired.describe("fixedpoint", op="limit_digits", workload=f"2^{power} float32, 2 {what} digits", mode="call")
+    expected = calls["eager reference"]()
+    for name, call in calls.items():
+        role = {"eager reference": "reference", "torch.compile": "compiled"}.get(name, "ours")
+        if not torch.equal(call(), expected):
+            pytest.fail(f"{name}: other digits than the reference's")
+        paired.record(name, role=role, note=MISSING if role == "ours" else "")
+    paired.time(calls, repeats=max(1, 2**16 >> power))

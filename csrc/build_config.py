@@ -26,7 +26,7 @@ HEADERS = [
     "fastcifar/_schemas.inc",
     *[f"csrc/cpu/{family}.{ending}" for family in FAMILIES for ending in ("h", "inl")],
     *[f"csrc/cpu/{part}" for part in ("neurons.inl", "surrogates.inl", "rows.inl", "parameters.h")],  # of spiking
-    "csrc/cpu/cast.inl",  # of fixedpoint
+    *[f"csrc/cpu/{part}" for part in ("cast.inl", "digits.inl")],  # of fixedpoint
     "csrc/cpu/normal.inl",  # of diffusion
     *[f"csrc/cpu/{part}" for part in ("lanes.inl", "power.inl")],  # of earlyexit
     *[f"csrc/cpu/{part}" for part in ("fft.inl", "codelets.inl", "grid.inl")],  # of spectral

@@ -62,6 +62,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastcifar, CPU, m) {
   m.impl("fixed_quantize", TORCH_BOX(&fastcifar::fixed_quantize));
   m.impl("fixed_to_raw", TORCH_BOX(&fastcifar::fixed_to_raw));
   m.impl("fixed_quantize_backward", TORCH_BOX(&fastcifar::fixed_quantize_backward));
+  m.impl("limit_digits", TORCH_BOX(&fastcifar::limit_digits));
   m.impl("integer_conv", TORCH_BOX(&fastcifar::integer_conv));
   // earlyexit
   m.impl("exit_decide", TORCH_BOX(&fastcifar::exit_decide));

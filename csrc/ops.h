@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor> fixed_quantize_backward(Tensor grad, Tensor x, Option
                                                    int64_t width, int64_t int_bits, bool is_signed, int64_t rounding,
                                                    int64_t overflow, int64_t saturated_bits, bool wrap_gradient,
                                                    bool wants_x, bool wants_frac_bits);
+Tensor limit_digits(Tensor x, int64_t k, bool is_signed);
 Tensor integer_conv(Tensor x, Tensor weight, std::vector<int64_t> stride, std::vector<int64_t> padding,
                     std::vector<int64_t> dilation, int64_t groups, bool wide);
 

@@ -191,6 +191,7 @@ for _op, _source in (
     ("fixed_quantize", "fixedpoint"),
     ("fixed_to_raw", "fixedpoint"),
     ("fixed_quantize_backward", "fixedpoint"),
+    ("limit_digits", "digits"),
     ("integer_conv", "integer_matmul"),
     ("exit_decide", "earlyexit"),
     ("solver_step", "diffusion"),
@@ -212,7 +213,7 @@ for _op, _source in (
 if importlib.util.find_spec("triton") is not None and sys.platform == "linux":
     _triton("spiking", "neuron_forward", "neuron_backward")
     _triton("spectral", "spectral_gate_forward", "spectral_gate_backward", "spectrum_forward", "spectrum_inverse")
-    _triton("fixedpoint", "fixed_quantize", "fixed_to_raw", "fixed_quantize_backward")
+    _triton("fixedpoint", "fixed_quantize", "fixed_to_raw", "fixed_quantize_backward", "limit_digits")
     _triton("earlyexit", "exit_decide")
     _diffusion = ("solver_step", "solver_step_into", "solver_table_step", "solver_step_backward", "normal_numbers")
     _triton("diffusion", *_diffusion)

@@ -91,6 +91,8 @@ class Report:
             lines.append(f"outputs before and after differ by {self.difference:.2g} of the largest")
         if self.gain is not None:
             lines.append(f"the model's forward takes {1 / self.gain:.2f} of the time it took")
+        elif self.swapped:
+            lines.append("gain: measured where inputs=... is given; figures of whole models: docs/accelerate.md")
         return "\n".join(lines)
 
 

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..fixedpoint.reference import OVERFLOWS, ROUNDINGS
+from ..fixedpoint.reference import MOST_DIGITS, OVERFLOWS, ROUNDINGS
+from .digits_kernels import _limit_digits_kernel
 from .fixedpoint_kernels import _cast_backward_kernel, _cast_kernel
 from .layout import in_order
 
@@ -118,6 +119,26 @@ def fixed_quantize_backward(
         return grad_x, sums.view(-1, walk.channels, blocks).sum((0, 2))
 
 
+def limit_digits(x: Tensor, k: int, signed_digits: bool) -> Tensor:
+    """``fastcifar::limit_digits``."""
+    out = torch.empty_like(x)
+    n, compute = x.numel(), compute_type(x.dtype, 0)
+    if n:
+        tile = tile_of(x.itemsize, compute)
+        with torch.cuda.device_of(x):
+            _limit_digits_kernel[(triton.cdiv(n, tile),)](
+                in_order(x, out.stride()),
+                out,
+                n,
+                min(k, MOST_DIGITS),
+                SIGNED=signed_digits,
+                COMPUTE=compute,
+                BLOCK=tile,
+                **HOW,
+            )
+    return out
+
+
 # ---- how to launch ---------------------------------------------------------------------------------------------------
 
 HOW = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
@@ -151,7 +172,7 @@ def plan(
 ) -> Walk:
     """The walk over a dense tensor with these binary points. A tile is 4 kB, two vector accesses a thread."""
     total = shape.numel()
-    tile = 512 if compute == tl.float64 else 4096 // itemsize
+    tile = tile_of(itemsize, compute)
     if frac_bits is None or frac_bits.numel() == 1:
         return Walk("one", 1, tile, compute, 1, total)
     channels = frac_bits.numel()
@@ -165,6 +186,11 @@ def plan(
     length = max(1, min(128 // period, total // period)) * period
     columns = min((256, 128, 64), key=lambda size: (triton.cdiv(length, size) * size, -size))
     return Walk("columns", tile // columns, columns, compute, triton.cdiv(total, length), length, inner, channels)
+
+
+def tile_of(itemsize: int, compute: tl.dtype) -> int:
+    """Elements of 4 kB, or of the registers that as many float64 take."""
+    return 512 if compute == tl.float64 else 4096 // itemsize
 
 
 def compute_type(dtype: torch.dtype, width: int) -> tl.dtype:

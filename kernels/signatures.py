@@ -240,6 +240,7 @@ def fixedpoint() -> Iterator[Entry]:
 
     from . import fixedpoint as family
     from . import fixedpoint_kernels as kernels
+    from .digits_kernels import _limit_digits_kernel
 
     floats = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
     flags = (True, False)
@@ -310,6 +311,12 @@ def fixedpoint() -> Iterator[Entry]:
             options = dict(family.HOW)
             warps = options.pop("num_warps")
             yield Entry(kernel, signature, values, warps, " ".join([kernel.__name__, *what]), options, exact=True)
+    for (dtype, x), signed, multiple in itertools.product(floats.items(), flags, (":16", "")):
+        signature = {"x_ptr": f"*{x}:16", "out_ptr": f"*{x}:16", "n": "i64" + multiple, "k": "i32"}
+        compute = family.compute_type(dtype, 0)
+        values = {"SIGNED": signed, "COMPUTE": compute, "BLOCK": family.tile_of(dtype.itemsize, compute)}
+        what = ["_limit_digits_kernel", x, *["SIGNED"] * signed, *["unaligned"] * (not multiple)]
+        yield Entry(_limit_digits_kernel, signature, values, warps, " ".join(what), options, exact=True)
 
 
 def earlyexit() -> Iterator[Entry]:

@@ -29,7 +29,14 @@ LIST = ROOT / "tests" / "data" / "mutants.toml"
 OBJECTS = ROOT / "build" / "objects" / "_C"
 MATRIX = "tests/conformance.py"
 # Files by the family file that includes them, and the tests that answer for a file.
-OF = {"neurons": "spiking", "surrogates": "spiking", "rows": "spiking", "cast": "fixedpoint", "normal": "diffusion"}
+OF = {
+    "neurons": "spiking",
+    "surrogates": "spiking",
+    "rows": "spiking",
+    "cast": "fixedpoint",
+    "digits": "fixedpoint",
+    "normal": "diffusion",
+}
 OF |= {
     "power": "earlyexit",
     "lanes": "earlyexit",
@@ -56,7 +63,7 @@ TESTS = {
         "-k",
         "spect or fnet or gate or large or odd",
     ],
-    "fixedpoint": ["tests/test_fixedpoint.py", MATRIX, "-k", "quantize or raw or cast or mode or bit"],
+    "fixedpoint": ["tests/test_fixedpoint.py", MATRIX, "-k", "quantize or raw or cast or mode or bit or digits"],
     "integer_matmul": ["tests/test_fixed_products.py"],
     "earlyexit": [
         "tests/test_earlyexit.py",
@@ -78,6 +85,7 @@ TESTS = {
 TRITON = {"spiking": "triton", "neuron_kernels": "triton", "neurons": "triton", "surrogates": "triton"}
 TRITON |= {"normal_kernels": "triton_diffusion", "diffusion_kernels": "triton_diffusion"}
 TRITON |= {"earlyexit_kernels": "triton_earlyexit", "fixedpoint_kernels": "triton_fixedpoint"}
+TRITON |= {"digits_kernels": "triton_fixedpoint"}
 TRITON |= {"spectral_kernels": "triton_spectral", "spectral_large_kernels": "triton_spectral"}
 TESTS["normal"] = ["tests/test_diffusion.py", "tests/test_host_diffusion.py"]
 

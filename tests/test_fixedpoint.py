@@ -22,6 +22,7 @@ from fastcifar.fixedpoint import (
     reference,
     to_raw,
 )
+from fastcifar.spec import identical
 
 needs_kernel = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
 VECTORS = np.load(Path(__file__).parent / "data" / "ap_fixed.npz")
@@ -301,6 +302,24 @@ def test_digits_are_limited():
     assert leaf.grad.item() == 1
     with pytest.raises(ValueError, match="limit_digits: expected k above 0"):
         PowerOfTwo(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 2, 3, 9, 80])
+@pytest.mark.parametrize("signed", [False, True])
+def test_digits_of_numbers_at_the_edges_of_their_range(dtype, k, signed, each_isa):
+    info = torch.finfo(dtype)
+    edges = torch.tensor([0.0, -0.0, info.max, info.tiny, info.smallest_normal, info.eps, math.nan, math.inf, 1.5])
+    least = torch.tensor([info.smallest_normal], dtype=torch.float64) * info.eps
+    scattered = torch.randn(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(40).exp2()
+    every = torch.cat([edges.double(), 3 * least, least, 0.75 * edges.double(), 1.75 * info.max / 2 * scattered.sign()])
+    x = torch.cat([every, -every, scattered, -scattered]).to(dtype)
+    expected = reference.limit_digits(x, k, signed)
+
+    def check(_):
+        assert identical(limit_digits(x, k, signed_digits=signed), expected)
+
+    each_isa(check)
 
 
 def test_every_mode_has_a_name():

@@ -232,4 +232,25 @@ std::tuple<Tensor, Tensor> fixed_quantize_backward(Tensor grad, Tensor x, Option
   return {grad_x, grad_frac_bits};
 }
 
+Tensor limit_digits(Tensor x, int64_t k, bool is_signed) {
+  const char* const op = "limit_digits";
+  const int dtype = dtype_index(x, op);
+  FC_CHECK(x.is_cpu() && k >= 1, op, ": expected a tensor on the CPU, and k above 0");
+  const Dims strides = x.is_contiguous() ? contiguous_strides(sizes_of(x)) : strides_of(torch::stable::empty_like(x));
+  const Tensor out = empty_strided(sizes_of(x), strides, x.scalar_type());
+  const int64_t n = x.numel(), size = x.element_size(), blocks = (n + kCastBlock - 1) / kCastBlock;
+  if (n == 0) return out;
+  const Tensor in = laid_out(x, strides);
+  const char* const from = (const char*)in.data_ptr();
+  char* const to = (char*)out.data_ptr();
+  const bool stream = n * size >= kStreamBytes && uintptr_t(to) % 64 == 0;
+  const auto limit = fixedpoint_kernels(checked_isa()).limit_digits[dtype];
+  k = std::min<int64_t>(k, 64);  // no float has as many
+  parallel_for(blocks, kGrain / kCastBlock, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kCastBlock, last = std::min(end * kCastBlock, n);
+    limit(from + first * size, to + first * size, last - first, k, is_signed, stream);
+  });
+  return out;
+}
+
 }  // namespace fastcifar

@@ -121,6 +121,8 @@ using CastKernel = void (*)(const CastProblem&, int64_t begin, int64_t end, void
 
 struct FixedPointKernels {
   CastKernel forward[2], backward[2];  // float, double
+  // Numbers in memory, by dtype.
+  void (*limit_digits[kDTypes])(const void* x, void* out, int64_t n, int64_t k, bool is_signed, bool stream);
 };
 
 }  // namespace fastcifar

@@ -3,6 +3,7 @@
 // at a time, whatever the registers hold.
 #pragma once
 #include "cast.inl"
+#include "digits.inl"
 #include "fixedpoint.h"
 #include "rows.inl"
 #include "vec.h"
@@ -254,7 +255,9 @@ void cast_items(const CastProblem& p, int64_t begin, int64_t end, void* scratch)
 }
 
 extern const FixedPointKernels fixedpoint_kernels;
-const FixedPointKernels fixedpoint_kernels = {{cast_items<false, float>, cast_items<false, double>},
-                                              {cast_items<true, float>, cast_items<true, double>}};
+const FixedPointKernels fixedpoint_kernels = {
+    {cast_items<false, float>, cast_items<false, double>},
+    {cast_items<true, float>, cast_items<true, double>},
+    {limit_digits<float>, limit_digits<double>, limit_digits<bfloat16>, limit_digits<float16>}};
 
 }  // namespace fastcifar::FASTCIFAR_ISA

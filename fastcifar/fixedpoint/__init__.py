@@ -3,6 +3,7 @@
 from . import conversion, functional, hls, integer, layers, linear, modules, products, reference, tensor, types
 from .casting import FixedCast, FixedInput
 from .conversion import FixedConfig, convert
+from .digits import limit_digits
 from .functional import OVERFLOWS, ROUNDINGS, from_raw, quantize, quantize_trainable, to_raw
 from .hls import to_hls
 from .layers import (
@@ -15,7 +16,7 @@ from .layers import (
     FixedMaxPool2d,
     FixedReLU,
 )
-from .modules import FixedPoint, PowerOfTwo, limit_digits
+from .modules import FixedPoint, PowerOfTwo
 from .tensor import FixedTensor
 from .types import FixedType
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .digits import limit_digits
 from .functional import INT_BITS, check_int_bits, check_type, check_x, quantize_trainable
-from .reference import _straight_through
 
 CALIBRATIONS = ("range", "mse")
 
@@ -152,54 +152,6 @@ class FixedPoint(nn.Module):
         if self.per_channel is not None:
             shown += f", per_channel={self.per_channel}, channel_dim={self.channel_dim}"
         return shown + f", calibration={self.calibration!r}"
-
-
-def limit_digits(x: Tensor, k: int, *, signed_digits: bool = False) -> Tensor:
-    """``x`` with at most ``k`` digits, so that a product with it is ``k`` shifts and additions. The gradient passes.
-
-    Without ``signed_digits`` the k highest set bits of the magnitude stay and the others become 0. With it the result
-    is a sum of k powers of two with signs of their own, each the nearest to what the earlier ones have left (3 2^n goes
-    up). A power of two scales both, so it makes no difference whether ``x`` is a value or a stored integer. Exact; a
-    subnormal number counts as 0, NaN and infinity stay.
-
-    Args:
-        x: any shape; float32, float64, bfloat16 or float16.
-        k: digits, above 0.
-        signed_digits: digits of -1, 0 and 1. Default False.
-
-    Returns:
-        Tensor of ``x``'s shape and dtype.
-
-    Raises:
-        TypeError: ``x`` is not a floating tensor, or ``k`` not an integer.
-        ValueError: ``k`` is below 1.
-
-    Source: "Trainable Fixed-Point Quantization for Deep Learning Acceleration on FPGAs" (QFX), 2024, whose
-    multiplier-free quantization limits the number of ones; the greedy signed digits are our reading of "K-hot".
-
-    Example:
-        >>> import torch
-        >>> from fastcifar.fixedpoint import limit_digits
-        >>> x = torch.tensor([7.0, -5.0, 11.0])
-        >>> limit_digits(x, 2).tolist(), limit_digits(x, 2, signed_digits=True).tolist()
-        ([6.0, -5.0, 10.0], [7.0, -5.0, 12.0])
-    """
-    check_x("limit_digits", x)
-    if not isinstance(k, int) or isinstance(k, bool):
-        raise TypeError(f"limit_digits: expected k to be an integer, got {k!r}")
-    if k < 1:
-        raise ValueError(f"limit_digits: expected k above 0, got {k}")
-    rest = x.detach().double()
-    digits = torch.zeros_like(rest)
-    for _ in range(k):
-        digit = ((rest.view(torch.int64) >> 52) << 52).view(torch.float64)  # sign and exponent: a power of two
-        digit = torch.where(rest.abs() < torch.finfo(torch.float64).tiny, 0.0, digit)
-        if signed_digits:
-            digit = torch.where(rest.abs() >= 1.5 * digit.abs(), 2 * digit, digit)
-        digits = digits + digit
-        rest = rest - digit
-    value = torch.where(x.detach().isfinite(), digits, x.detach().double())
-    return _straight_through(value.to(x.dtype), x)
 
 
 class PowerOfTwo(nn.Module):

@@ -280,3 +280,21 @@ class _StraightThrough(torch.autograd.Function):
 
 def _straight_through(value: Tensor, through: Tensor) -> Tensor:
     return _StraightThrough.apply(value, through)
+
+
+MOST_DIGITS = 54  # that a float64 has, signed ones included
+
+
+def limit_digits(x: Tensor, k: int, signed_digits: bool = False) -> Tensor:
+    """``x`` with its ``k`` highest binary digits, or the ``k`` signed digits that come nearest one after the other."""
+    rest = x.detach().double()
+    digits = torch.zeros_like(rest)
+    for _ in range(min(k, MOST_DIGITS)):
+        digit = ((rest.view(torch.int64) >> 52) << 52).view(torch.float64)  # sign and exponent: a power of two
+        digit = torch.where(rest.abs() < torch.finfo(torch.float64).tiny, 0.0, digit)
+        if signed_digits:
+            digit = torch.where(rest.abs() >= 1.5 * digit.abs(), 2 * digit, digit)
+        digits = digits + digit
+        rest = rest - digit
+    value = torch.where(x.detach().isfinite(), digits, x.detach().double()).to(x.dtype)
+    return _straight_through(value, x)

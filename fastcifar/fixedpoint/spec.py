@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..spec import BadInput, Inputs, OpSpec, Outputs
-from . import functional, modules, products, reference
+from . import digits, functional, modules, products, reference
 
 _SIZES = {"empty": (0, 3, 2, 5), "one": (1, 1, 1, 1), "prime": (3, 5, 7, 11), "large": (16, 8, 16, 32)}
 
@@ -155,6 +155,23 @@ SPECS = [
             BadInput(
                 "low int_bits", lambda: {"x": _x(), "width": 8, "int_bits": -5}, ValueError, "of -4 to 40, got -5"
             ),
+        ),
+    ),
+    OpSpec(
+        name="limit_digits",
+        family="fixedpoint",
+        function=_one(digits.limit_digits),
+        reference=_one(reference.limit_digits),
+        sample=_x_sample,
+        options=({"k": 2}, {"k": 2, "signed_digits": True}, {"k": 1}, {"k": 60, "signed_digits": True}),
+        differentiable=("x",),
+        exact=(0,),
+        raw_ops=("limit_digits",),
+        module=lambda: modules.PowerOfTwo(2, signed_digits=True),
+        bad_inputs=(
+            BadInput("integers", lambda: {"x": torch.ones(3, dtype=torch.int32), "k": 1}, TypeError, "got torch.int32"),
+            BadInput("no digits", lambda: {"x": _x(), "k": 0}, ValueError, "k above 0, got 0"),
+            BadInput("half a digit", lambda: {"x": _x(), "k": 1.5}, TypeError, "k to be an integer, got 1.5"),
         ),
     ),
     OpSpec(
