@@ -229,6 +229,8 @@ def test_fake_has_the_strides_of_the_real_result(spec, device, layout):
 @by_device
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_to_one_graph(spec, device, dynamic):
+    if dynamic and torch.__version__ < (2, 11) and spec.name in ("klif", "cuba_lif"):
+        pytest.skip("torch 2.10 mixes up numbers that are symbols in the backward of an autograd.Function")
     torch._dynamo.reset()
     options = spec.options[1]
     compiled = torch.compile(
