@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 
 SECONDS = 60  # a call that takes longer hangs
 STARTING = 2**64 - 1  # in place of a call's number until the first one is made
-MEMORY = 6 * 2**30  # beyond the addresses that a process begins with
+MEMORY = 3 * 2**30  # beyond the addresses that a process begins with
 LEAK = 32 * 2**20
 # Shares of all calls; a call of a declared function with its reference takes a hundred times as long as one of an op.
 SHARES = {"op": 0.94, "spec": 0.01, "public": 0.05}
@@ -147,6 +147,13 @@ def child(subject: str, seed: int, begin: int, end: int, report: Callable[[int],
     return answered
 
 
+def limit_memory() -> tuple[int, int]:
+    """Has what asks for too much be refused it; returns the limit before, for resource.setrlimit."""
+    before, pages = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY + pages * resource.getpagesize(), before[1]))
+    return before
+
+
 def _note(progress: mmap.mmap, call: int) -> None:
     progress[:8] = call.to_bytes(8, "little")
 
@@ -154,8 +161,7 @@ def _note(progress: mmap.mmap, call: int) -> None:
 def alone(options: argparse.Namespace) -> int:
     """The calls of one subject, in this process."""
     torch.set_num_threads(1)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY + pages * resource.getpagesize(),) * 2)
+    limit_memory()
     with open(options.progress, "r+b") if options.progress else tempfile.TemporaryFile() as file:
         file.write(STARTING.to_bytes(8, "little"))
         file.flush()
