@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors, expect_type
 from .functional import solver_step
 from .reference import PREDICT, TERMS, Step
 from .schedule import DiscreteVP
@@ -170,6 +171,8 @@ def noisy(
 
 def at_times(op: str, schedule: DiscreteVP, t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """alpha and sigma ``[B]`` in float64, on the CPU."""
+    expect_type(op, DiscreteVP, "a DiscreteVP", schedule=schedule)
+    expect_tensors(op, t=t)
     if t.shape != (rows,) or t.dtype.is_floating_point or t.dtype.is_complex:
         raise ValueError(f"{op}: expected an integer t of each of {rows} samples, got {t.dtype} {tuple(t.shape)}")
     t, steps = t.cpu(), len(schedule)
@@ -188,6 +191,7 @@ def normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def same_shape(op: str, x: Tensor, **others: Tensor) -> None:
+    expect_tensors(op, images=x, **others)
     for name, other in others.items():
         if other.shape != x.shape:
             raise ValueError(f"{op}: expected {name} of {tuple(x.shape)}, as the images, got {tuple(other.shape)}")

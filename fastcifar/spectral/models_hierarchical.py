@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import expect_tensors
 from .layers import Norm, Size, drop_path, initialise, layer_norm, pair, rising
 from .modules import SpectralGatingNetwork
 
@@ -252,6 +253,7 @@ class SpectFormerH(nn.Module):
 
     def _tokens(self, x: Tensor, box: tuple[int, int, int, int] | None = None) -> tuple[Tensor, int, int]:
         """Class token and tokens of the last stage, normed, and their grid; ``box`` is exchanged after the stem."""
+        expect_tensors("SpectFormerH", x=x)
         if x.shape[2:] != self.img_size:
             height, width = self.img_size
             raise ValueError(f"SpectFormerH: expected images [B, C, {height}, {width}], got {tuple(x.shape)}")
