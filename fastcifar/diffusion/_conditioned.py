@@ -105,6 +105,8 @@ class _Draws:
     """The noise of each step, as arguments of :func:`solver_step`."""
 
     def __init__(self, table: SolverTable, noise: Any, generator: torch.Generator | None) -> None:
+        if noise is not None and (not isinstance(noise, Tensor | list | tuple) or len(noise) != len(table)):
+            raise TypeError(f"expected noise of each of {len(table)} steps, in a tensor or a list, got {noise!r:.80}")
         self.noisy, self.noise, self.generator = table.noisy.tolist(), noise, generator
         self.seed = int(torch.randint(2**63 - 1, ())) if noise is None and generator is None and any(self.noisy) else 0
 

@@ -109,6 +109,11 @@ def lowdiff_sample(
         expect_type(op, SolverTable, "a SolverTable", table=table)
     if any(table.preloaded for table in tables):
         raise ValueError(f"{op}: expected tables without preloaded slots: the condition is the model's alone")
+    for name, given_ones in (("start", start), ("noise", noise)):
+        if given_ones is not None and (not isinstance(given_ones, list | tuple) or len(given_ones) != len(sizes)):
+            raise TypeError(f"{op}: expected {name} to be a list of {len(sizes)}, got {given_ones!r:.80}")
+    if start is not None:
+        expect_tensors(op, **{f"start of level {level}": x for level, x in enumerate(start)})
     images: list[Tensor] = []
     for level, (table, size) in enumerate(zip(tables, sizes, strict=True)):
         shape = (batch, channels, *size)

@@ -224,6 +224,8 @@ class SpectFormerH(nn.Module):
         self.img_size = pair(img_size)
         self.return_dense = self.mix_token = token_label
         self.beta = 1.0
+        if min(depths, default=0) < 0:
+            raise ValueError(f"SpectFormerH: expected depths of 0 or more, got {list(depths)}")
         rates = iter(rising(drop_path_rate, sum(depths)))
         height, width = ((side + 1) // 2 for side in self.img_size)  # the stem's first convolution
         for i, dim in enumerate(embed_dims):
