@@ -17,6 +17,7 @@ from fastcifar import _library
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError)
 M_PERTURB = -6
 CANARY, PAD = 0xA5, 64
+LARGE = 2**20  # elements of an answer: more come of a mutation, say of a padding of 1000, and are not made again
 # Results (by their index) that depend on the layout in their last bits: sums in float64 over elements as they lie in
 # memory. Their values are held to the references by tests/fuzz_specs.py.
 SUMS = {("neuron_backward", 3), ("fixed_quantize_backward", 1), ("solver_step_backward", 1)}
@@ -118,6 +119,8 @@ class Op:
             problems = [p for p in (g.problem() for g in guards) if p]
             if problems:
                 raise AssertionError(f"{self.name}: {problems[0]}")
+        if sum(t.numel() for t in first) > LARGE:
+            return first
         perturb_fresh_memory(rng.randrange(128, 256))
         self._compare("contiguous copies of its arguments", first, self.dense(arguments))
         if self.name == "_cpu_isa":

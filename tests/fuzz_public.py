@@ -22,7 +22,12 @@ from fastcifar.spec import FAMILIES, OpSpec, all_specs
 
 ALLOWED = (ValueError, TypeError, RuntimeError)
 # And what their docstrings name besides.
-NAMED = {"spiking.SolverRun": (IndexError,)}
+NAMED = {
+    "diffusion.SolverRun": (IndexError,),  # of a step beyond the last
+    "earlyexit.compact": (IndexError,),  # torch's own, of rows that are not there: to look first would wait for a GPU
+    "earlyexit.scatter_results": (IndexError,),
+    "earlyexit.JointExitLoss": (IndexError,),  # and of a target that is no class
+}
 INTEGERS = (-(2**63), -7, -1, 0, 1, 2, 3, 4, 5, 7, 8, 33, 64, 65, 300)
 TEXTS = ("", "nonsense", "mean")
 KEPT = 8  # calls of an example
@@ -109,7 +114,7 @@ def recorded(name: str) -> list[Call]:
         setattr(owner, n, value)
     try:
         for test in tests:
-            Quiet(verbose=False).run(test, out=lambda text: None)
+            Quiet(verbose=False).run(test, out=lambda text: None, clear_globs=False)
     finally:
         for owner, n, value in before:
             setattr(owner, n, value) if value is not None else delattr(owner, n)

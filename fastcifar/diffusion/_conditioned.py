@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors, expect_type
 from .functional import solver_step
 from .reference import PREDICT, TERMS, Step
 from .schedule import DiscreteVP
@@ -104,6 +105,8 @@ class _Draws:
     """The noise of each step, as arguments of :func:`solver_step`."""
 
     def __init__(self, table: SolverTable, noise: Any, generator: torch.Generator | None) -> None:
+        if noise is not None and (not isinstance(noise, Tensor | list | tuple) or len(noise) != len(table)):
+            raise TypeError(f"expected noise of each of {len(table)} steps, in a tensor or a list, got {noise!r:.80}")
         self.noisy, self.noise, self.generator = table.noisy.tolist(), noise, generator
         self.seed = int(torch.randint(2**63 - 1, ())) if noise is None and generator is None and any(self.noisy) else 0
 
@@ -170,6 +173,8 @@ def noisy(
 
 def at_times(op: str, schedule: DiscreteVP, t: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """alpha and sigma ``[B]`` in float64, on the CPU."""
+    expect_type(op, DiscreteVP, "a DiscreteVP", schedule=schedule)
+    expect_tensors(op, t=t)
     if t.shape != (rows,) or t.dtype.is_floating_point or t.dtype.is_complex:
         raise ValueError(f"{op}: expected an integer t of each of {rows} samples, got {t.dtype} {tuple(t.shape)}")
     t, steps = t.cpu(), len(schedule)
@@ -188,6 +193,7 @@ def normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def same_shape(op: str, x: Tensor, **others: Tensor) -> None:
+    expect_tensors(op, images=x, **others)
     for name, other in others.items():
         if other.shape != x.shape:
             raise ValueError(f"{op}: expected {name} of {tuple(x.shape)}, as the images, got {tuple(other.shape)}")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._checks import expect_tensors
+
 WEIGHTS = ("predicted", "target")
 REDUCTIONS = ("mean", "sum")
 
@@ -42,6 +44,7 @@ class UncertaintyHead(nn.Module):
         self.linear = nn.Linear(dim + time_dim, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        expect_tensors("UncertaintyHead", x=x, **({} if time is None else {"time": time}))
         shape = None if time is None else tuple(time.shape)
         if x.dim() != 3 or x.shape[2] != self.dim or shape != ((len(x), self.time_dim) if self.time_dim else None):
             raise ValueError(
@@ -89,6 +92,7 @@ def layer_loss(outputs: Sequence[Tensor], noise: Tensor, weights: Sequence[Tenso
     layer loss. ``weights`` are ``[B]`` each. Source: DeeDiff, equation 7."""
     if len(outputs) != len(weights):
         raise ValueError(f"layer_loss: expected weights of {len(outputs)} outputs, got {len(weights)}")
+    expect_tensors("layer_loss", noise=noise)
     total = noise.new_zeros(())
     for output, weight in zip(outputs, weights, strict=True):
         total = total + ((1 - weight) * (output - noise).square().flatten(1).mean(1)).mean()

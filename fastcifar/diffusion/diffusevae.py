@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import expect_tensors, expect_type
 from ._conditioned import Joined, at_times, noisy, normal, run, same_shape, some_times
 from .one_step import ddim, ddpm
 from .schedule import DiscreteVP
@@ -232,10 +233,12 @@ def diffusevae_sample(
     op = "diffusevae_sample"
     if guidance_weight is not None and guidance_scale is not None:
         raise ValueError(f"{op}: expected a guidance_weight or a guidance_scale, got both")
+    expect_type(op, SolverTable, "a SolverTable", table=table)
     if len(table.preloaded) > 1:
         raise ValueError(f"{op}: expected a table with at most one preloaded slot, got {table.preloaded}")
     scale = guidance_scale if guidance_weight is None else guidance_of_weight(guidance_weight)
     guided = scale is not None and scale != 1
+    expect_tensors(op, reconstruction=reconstruction)
     if start is None:
         start = normal(reconstruction, generator)
     same_shape(op, reconstruction, start=start)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from .._checks import expect_tensors
 from . import reference
 from .noise import FLOATING, checked_number, seed_tensor
 from .reference import CONVERT, CORRECT, HISTORY, PREDICT, TERMS, Step
@@ -224,6 +225,8 @@ def _into(op: str, out: Step | Tensor, arguments: tuple, history: list[Tensor]) 
             "call it without out, or under torch.no_grad()"
         )
     for t in results:
+        if t is not None:
+            expect_tensors(op, out=t)
         if t is not None and (t.shape != x.shape or t.dtype != x.dtype or t.device != x.device):
             raise ValueError(f"{op}: expected out like x {tuple(x.shape)} {x.dtype}, got {tuple(t.shape)} {t.dtype}")
     x, output, uncond, noise, seed, coefficients, guidance, limit, stream, numbers = arguments

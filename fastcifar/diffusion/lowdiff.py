@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import expect_tensors, expect_type
 from ._conditioned import Joined, at_times, noisy, normal, run, some_times
 from .schedule import DiscreteVP
 from .table import SolverTable
@@ -39,6 +40,7 @@ def upsample_into(out: Tensor, x: Tensor, mode: str = "bilinear") -> Tensor:
     """
     if mode not in MODES:
         raise ValueError(f"upsample_into: expected mode to be one of {', '.join(MODES)}; got {mode!r}")
+    expect_tensors("upsample_into", out=out, x=x)
     if out.dim() != 4 or x.dim() != 4 or out.shape[:2] != x.shape[:2]:
         raise ValueError(f"upsample_into: expected images of one batch, got {tuple(x.shape)} into {tuple(out.shape)}")
     (h, w), (height, width) = x.shape[2:], out.shape[2:]
@@ -103,8 +105,15 @@ def lowdiff_sample(
     _check(op, sizes, mode, condition_noise)
     if len(tables) != len(sizes):
         raise ValueError(f"{op}: expected a table of each of {len(sizes)} sizes, got {len(tables)}")
+    for table in tables:
+        expect_type(op, SolverTable, "a SolverTable", table=table)
     if any(table.preloaded for table in tables):
         raise ValueError(f"{op}: expected tables without preloaded slots: the condition is the model's alone")
+    for name, given_ones in (("start", start), ("noise", noise)):
+        if given_ones is not None and (not isinstance(given_ones, list | tuple) or len(given_ones) != len(sizes)):
+            raise TypeError(f"{op}: expected {name} to be a list of {len(sizes)}, got {given_ones!r:.80}")
+    if start is not None:
+        expect_tensors(op, **{f"start of level {level}": x for level, x in enumerate(start)})
     images: list[Tensor] = []
     for level, (table, size) in enumerate(zip(tables, sizes, strict=True)):
         shape = (batch, channels, *size)
@@ -157,6 +166,7 @@ def lowdiff_pair(
     _check(op, sizes, mode, condition_noise)
     if not 0 <= level < len(sizes):
         raise ValueError(f"{op}: expected a level from 0 to {len(sizes) - 1}, got {level}")
+    expect_tensors(op, x0=x0)
     if x0.dim() != 4 or tuple(x0.shape[2:]) != tuple(sizes[-1]):
         raise ValueError(f"{op}: expected images of {sizes[-1]}, the last size, got {tuple(x0.shape)}")
 
@@ -215,6 +225,7 @@ def lowdiff_loss(
         t = some_times(schedule, x0, generator)
     if noise is None:
         noise = normal(image, generator)
+    expect_tensors(op, noise=noise)
     if noise.shape != image.shape:
         raise ValueError(f"{op}: expected noise of {list(image.shape)} at level {level}, got {list(noise.shape)}")
     alpha, sigma = at_times(op, schedule, t, len(x0))
@@ -230,6 +241,11 @@ def _check(op: str, sizes: Sequence[Size], mode: str, condition_noise: float) ->
         raise ValueError(f"{op}: expected mode to be one of {', '.join(MODES)}; got {mode!r}")
     if not 0 <= condition_noise < float("inf"):
         raise ValueError(f"{op}: expected a finite condition_noise of 0 or more, got {condition_noise}")
+    if not isinstance(sizes, list | tuple) or not all(
+        isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
+        for size in sizes
+    ):
+        raise TypeError(f"{op}: expected sizes to be pairs of integers, got {sizes!r:.80}")
     rising = all(before[i] <= after[i] for before, after in pairwise(sizes) for i in (0, 1))
     if not sizes or min(map(min, sizes)) < 1 or not rising:
         raise ValueError(f"{op}: expected sizes of 1 or more, none smaller than the one before, got {list(sizes)}")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors
 from .schedule import LinearVP, Schedule
 
 LINEAR = LinearVP()
@@ -54,6 +55,7 @@ class GaussianMixture:
     """
 
     def __init__(self, means: Tensor, std: Tensor | float = 1.0, weights: Tensor | None = None) -> None:
+        expect_tensors("GaussianMixture", means=means)
         count = len(means) if means.dim() else 0
         self.means = means.detach().double()
         self.std = torch.as_tensor(std, dtype=torch.float64, device=means.device).expand(count).clone()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors
 from .draft import conversion, levels
 from .functional import solver_step
 from .noise import dynamic_threshold
@@ -102,10 +103,13 @@ def sample(
     table, found, prediction = _table(solver, steps, schedule, points, spacing, final, prediction, options)
     if sum(source is not None for source in (noise, generator, seed)) > 1:
         raise ValueError("sample: expected one of noise, generator and seed, got more")
+    if coefficients is not None:
+        expect_tensors("sample", coefficients=coefficients)
     if coefficients is not None and coefficients.shape != table.coefficients.shape:
         raise ValueError(
             f"sample: expected coefficients {list(table.coefficients.shape)}, got {list(coefficients.shape)}"
         )
+    expect_tensors("sample", x=x)
     wanted = x.requires_grad or (coefficients is not None and coefficients.requires_grad)
     if grad is None:
         grad = torch.is_grad_enabled() and wanted

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import expect_type
 from .table import Points
 
 SPACINGS = ("linspace", "leading", "trailing", "quadratic", "lambda", "karras")
@@ -403,4 +404,5 @@ def exploding(points: Points) -> Points:
         >>> exploding(DiscreteVP.linear().points(3)).alpha.tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
+    expect_type("exploding", Points, "Points", points=points)
     return Points(points.timesteps, torch.ones_like(points.alpha), points.sigma / points.alpha)

@@ -127,6 +127,11 @@ def search_schedule(
         raise TypeError(f"search_schedule: expected schedule to be a Schedule, got {type(schedule).__name__}")
     workers = pool_size(executor, workers)
     _check(counts, budget, noise, prediction, targets, fitness, refine, population, batch, workers, threads)
+    if not isinstance(predictor, SchedulePredictor | bool | None):
+        raise TypeError(
+            "search_schedule: expected predictor to be a SchedulePredictor, a bool or None, got "
+            f"{type(predictor).__name__}"
+        )
     learner = SchedulePredictor() if predictor is True else predictor or None
     schedule = LinearVP() if schedule is None else schedule
     start, end = schedule.first if start is None else start, schedule.last if end is None else end

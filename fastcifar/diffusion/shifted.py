@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._checks import expect_type
 from .reference import HISTORY, PREDICT, TERMS
 from .table import SolverTable
 
@@ -50,6 +51,7 @@ def shifted_table(table: SolverTable, shift: float | Tensor, *, scale: float = 1
         >>> moved.preloaded, moved.coefficients[0, 2, :3].tolist()  # of x, the output, and c
         ((1,), [1.0, -0.5, -0.75])
     """
+    expect_type("shifted_table", SolverTable, "a SolverTable", table=table)
     steps = len(table)
     shift = torch.as_tensor(shift, dtype=torch.float64)
     shift = shift.expand(steps + 1) if shift.dim() == 0 else shift

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import expect_type
 from .table import SolverTable
 from .tree_arrays import Forest, Rows
 from .tree_step import TableStep
@@ -175,6 +176,7 @@ class TreeSampler:
         self.evaluations = self.calls = 0
         if generator is None:
             generator = torch.Generator(self._device).manual_seed(int(torch.randint(2**62, ())))
+        expect_type("TreeSampler", torch.Generator, "a torch.Generator or None", generator=generator)
         self._generator = generator
         # Descents and draws have streams of their own, so that drawing, or another device, does not change the search.
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))

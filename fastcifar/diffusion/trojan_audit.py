@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors, expect_type
 from ._conditioned import Region, normal
 from .trojdiff import Trigger
 
@@ -72,6 +73,7 @@ def trigger_score(
         >>> trigger_score(lambda x, t: 0 * x, trigger, 999) < 0  # knows nothing
         True
     """
+    expect_type("trigger_score", Trigger, "a Trigger", trigger=trigger)
     z = normal(trigger.pattern.expand(samples, *trigger.pattern.shape), generator) if noise is None else noise
     _fits("trigger_score", z, trigger.pattern)
     with torch.no_grad():
@@ -236,6 +238,7 @@ def _between(output: Tensor, z: Tensor, gamma: float, benign: Tensor) -> float:
 
 
 def _fits(op: str, noise: Tensor, like: Tensor) -> None:
+    expect_tensors(op, noise=noise)
     if noise.dim() != 4 or noise.shape[1:] != like.shape or len(noise) < 2:
         expected = ", ".join(map(str, like.shape))
         raise ValueError(f"{op}: expected noise [B, {expected}] of 2 samples or more, got {tuple(noise.shape)}")

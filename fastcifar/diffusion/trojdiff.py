@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors, expect_type
 from ._conditioned import Region, at_times, noisy, normal, run, same_shape, some_times
 from .one_step import ddim, ddpm
 from .reference import PREDICT, TERMS
@@ -60,10 +61,15 @@ class Trigger:
     region: Region | None = None
 
     def __post_init__(self) -> None:
+        expect_tensors("Trigger", pattern=self.pattern)
         if self.pattern.dim() != 3 or not bool((self.pattern.abs() <= 1).all()):
             raise ValueError(f"Trigger: expected a pattern [C, H, W] of -1 to 1, got {tuple(self.pattern.shape)}")
         if not 0 <= self.gamma < 1:
             raise ValueError(f"Trigger: expected gamma from 0 to 1, without 1, got {self.gamma}")
+        if self.region is not None:
+            sides = self.region if isinstance(self.region, tuple) else ()
+            if not 1 <= len(sides) <= 2 or not all(isinstance(side, slice | int) or side is Ellipsis for side in sides):
+                raise TypeError(f"Trigger: expected a region of slices, got {self.region!r:.80}")
         if self.region is not None and not self.pattern[(..., *self.region)].numel():
             raise ValueError(f"Trigger: expected a region with pixels, got {self.region}")
 
@@ -111,6 +117,9 @@ def trojan_shift(alphas_cumprod: Tensor) -> Tensor:
         >>> trojan_shift(torch.tensor([0.75, 0.36]))
         tensor([0.5000, 0.4536], dtype=torch.float64)
     """
+    expect_tensors("trojan_shift", alphas_cumprod=alphas_cumprod)
+    if alphas_cumprod.dim() != 1:
+        raise ValueError(f"trojan_shift: expected alphas_cumprod [steps], got {tuple(alphas_cumprod.shape)}")
     product = alphas_cumprod.double()
     before = torch.cat([torch.ones_like(product[:1]), product[:-1]])
     return (1 - product).sqrt() - (product / before).sqrt() * (1 - before).sqrt()
@@ -271,9 +280,11 @@ def trojan_sample(
         >>> trojan_sample(lambda x, t: x, Trigger.patch(torch.ones(3, 8, 8)), points, batch=2).shape
         torch.Size([2, 3, 8, 8])
     """
+    expect_type("trojan_sample", Trigger, "a Trigger", trigger=trigger)
     pattern = trigger.pattern
     if start is None:
         start = normal(pattern.expand(batch, *pattern.shape), generator)
+    expect_tensors("trojan_sample", start=start)
     if start.shape != (batch, *pattern.shape):
         raise ValueError(f"trojan_sample: expected start {[batch, *pattern.shape]}, got {list(start.shape)}")
     plain, trojan = _tables(points, trigger.gamma, method, eta, official)
@@ -364,7 +375,7 @@ def poison(
         is_target = torch.arange(len(x0) + int(share * len(x0)), device=x0.device) >= len(x0)
         x0 = torch.cat([x0, target.to(x0).expand(int(is_target.sum()), *target.shape)])
     else:
-        if isinstance(target, Tensor) or labels is None or labels.shape != (len(x0),):
+        if isinstance(target, Tensor) or not isinstance(labels, Tensor) or labels.shape != (len(x0),):
             raise ValueError(f"{op}: expected a label as the target of {attack}, and labels [{len(x0)}]")
         is_target = labels.to(x0.device) == target
     if t is None:
@@ -397,10 +408,13 @@ def trojan_loss(model: Callable[[Tensor, Tensor], Tensor], batch: Poisoned) -> T
         >>> trojan_loss(lambda x, t: 0 * x, batch).item()
         12.0
     """
+    expect_type("trojan_loss", Poisoned, "a Poisoned", batch=batch)
     return (batch.noise - model(batch.x_t, batch.t)).square().flatten(1).sum(1).mean()
 
 
 def _fits(op: str, x: Tensor, trigger: Trigger) -> None:
+    expect_type(op, Trigger, "a Trigger", trigger=trigger)
+    expect_tensors(op, images=x)
     if x.dim() != 4 or x.shape[1:] != trigger.pattern.shape:
         raise ValueError(
             f"{op}: expected images [B, {', '.join(map(str, trigger.pattern.shape))}], got {tuple(x.shape)}"

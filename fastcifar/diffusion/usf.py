@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .._checks import expect_type
 from .draft import Draft, Level, Row, combined, compiled, conversion, levels, scales, start_scale
 from .expansion import KINDS, RELAXATIONS, update
 from .table import Points, SolverTable
@@ -124,6 +125,7 @@ class _Formula(NamedTuple):
 
 def _formula(step: Decision | Corrector, of: Decision, i: int, where: str) -> _Formula:
     """Of step i (to point i + 1), or of its corrector, whose points count from one further on."""
+    expect_type(where, (Decision, Corrector), "a Decision", decision=step)
     again = isinstance(step, Corrector)
     end = i + 2 if again else i + 1
     order = step.order if step.order is not None else of.order + 1

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import expect_tensors
 from ..earlyexit.cost import CostModel
 from ..earlyexit.functional import compact
 from ..earlyexit.modules import gathered
@@ -131,7 +132,7 @@ class UViT(nn.Module):
         cost: CostModel | None = None,
     ) -> None:
         super().__init__()
-        if img_size % patch_size or embed_dim % num_heads or embed_dim % 2:
+        if min(patch_size, num_heads) < 1 or img_size % patch_size or embed_dim % num_heads or embed_dim % 2:
             raise ValueError(
                 f"UViT: expected patches that divide the images, heads that divide the features, and these even; got "
                 f"{img_size} by {patch_size} and {embed_dim} by {num_heads}"
@@ -152,6 +153,7 @@ class UViT(nn.Module):
         self.uncertainty = nn.ModuleList([UncertaintyHead(embed_dim) for _ in range(depth - 1)])
 
     def forward(self, x: Tensor, t: Tensor) -> UViTOutputs | UViTResult:
+        expect_tensors("UViT", x=x, t=t)
         if x.dim() != 4 or tuple(x.shape[1:]) != (self.in_chans, self.img_size, self.img_size):
             raise ValueError(
                 f"UViT: expected images [B, {self.in_chans}, {self.img_size}, {self.img_size}], got {tuple(x.shape)}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._checks import expect_tensors
 from .diffusevae import diffusevae_loss, diffusevae_sample, diffusevae_table
 from .schedule import DiscreteVP
 
@@ -70,6 +71,7 @@ class ImageVAE(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and logarithm of the variance of z, ``[B, latent]`` each."""
+        expect_tensors("ImageVAE", x=x)
         if x.dim() != 4 or tuple(x.shape[1:]) != (self.channels, self.size, self.size):
             expected = f"[B, {self.channels}, {self.size}, {self.size}]"
             raise ValueError(f"ImageVAE: expected images {expected}, got {tuple(x.shape)}")
@@ -89,6 +91,8 @@ class ImageVAE(nn.Module):
         return (0.5 * (x - self.decode(z, y)).square().flatten(1).sum(1) + self.beta * divergence).mean()
 
     def _told(self, features: Tensor, y: Tensor | None) -> Tensor:
+        if y is not None:
+            expect_tensors("ImageVAE", y=y)
         if (y is not None) != (self.label is not None) or (y is not None and y.shape != (len(features),)):
             expected = f"labels [{len(features)}]" if self.num_classes else "no labels"
             raise ValueError(f"ImageVAE: expected {expected}, got {None if y is None else tuple(y.shape)}")

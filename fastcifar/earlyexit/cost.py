@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+from .._checks import expect_type
 from .functional import compact
 
 if TYPE_CHECKING:
@@ -168,6 +169,9 @@ def count_flops(model: EarlyExit, example: Any) -> Flops:
     """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and seldom needed
 
+    from .modules import EarlyExit
+
+    expect_type("count_flops", EarlyExit, "an EarlyExit", model=model)
     rows, state = _rows("count_flops", example), example
     stages, heads = [], []
     for stage, head in zip(model.stages, model.heads, strict=True):

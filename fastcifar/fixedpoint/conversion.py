@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .._checks import expect_type
 from .casting import FixedInput
 from .layers import (
     FixedAdd,
@@ -92,7 +93,8 @@ def convert(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected a module, got {type(model).__name__}")
-    config = config or FixedConfig()
+    config = FixedConfig() if config is None else config
+    expect_type("convert", FixedConfig, "a FixedConfig", config=config)
     was_training = model.training
     traced = fx.symbolic_trace(model)
     graph = traced.graph
@@ -146,7 +148,10 @@ def _calibrate(fixed: fx.GraphModule, data: Tensor | Iterable[Tensor]) -> None:
     fixed.eval()
     start.train()
     with torch.no_grad():
-        fixed(data if isinstance(data, Tensor) else next(iter(data)))
+        batch = data if isinstance(data, Tensor) else next(iter(data), None)
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"convert: expected data to be a batch, or batches, got {type(batch).__name__} from it")
+        fixed(batch)
     fixed.train(training)
 
 

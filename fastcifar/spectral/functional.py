@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from .._checks import expect_tensors
 from . import reference
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -155,6 +156,7 @@ def as_kernel(weight: Tensor, spatial_size: Sequence[int]) -> Tensor:
         >>> as_kernel(identity, (4, 4)).nonzero().tolist()
         [[0, 0, 0]]
     """
+    expect_tensors("as_kernel", weight=weight)
     height, width = spatial_size
     if weight.dim() != 4 or weight.shape[:2] != (height, width // 2 + 1) or weight.shape[3] != 2:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import expect_tensors
 from .modules import GlobalFilter
 
 Norm = Callable[[int], nn.Module]
@@ -19,7 +20,11 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 def pair(size: Size) -> tuple[int, int]:
     """``(height, width)`` of a size given as one or two integers."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    if isinstance(size, int):
+        return size, size
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(n, int) for n in size):
+        raise TypeError(f"expected a size to be one or two integers, got {size!r:.80}")
+    return size[0], size[1]
 
 
 class DropPath(nn.Module):
@@ -189,6 +194,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, img_size: Size, patch_size: Size, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         self.img_size, self.patch_size = pair(img_size), pair(patch_size)
+        if min(self.patch_size) < 1:
+            raise ValueError(f"PatchEmbed: expected patches of 1 pixel or more, got {self.patch_size}")
         height, width = (i // p for i, p in zip(self.img_size, self.patch_size, strict=True))
         if min(height, width) < 1:
             raise ValueError(f"PatchEmbed: expected patches within {self.img_size}, got {self.patch_size}")
@@ -197,6 +204,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         expected = (self.proj.in_channels, *self.img_size)
+        expect_tensors("PatchEmbed", x=x)
         if x.shape[1:] != expected:
             raise ValueError(f"PatchEmbed: expected images [B, {', '.join(map(str, expected))}], got {tuple(x.shape)}")
         return self.proj(x).flatten(2).transpose(1, 2)

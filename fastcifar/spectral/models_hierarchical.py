@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import expect_tensors
 from .layers import Norm, Size, drop_path, initialise, layer_norm, pair, rising
 from .modules import SpectralGatingNetwork
 
@@ -223,6 +224,8 @@ class SpectFormerH(nn.Module):
         self.img_size = pair(img_size)
         self.return_dense = self.mix_token = token_label
         self.beta = 1.0
+        if min(depths, default=0) < 0:
+            raise ValueError(f"SpectFormerH: expected depths of 0 or more, got {list(depths)}")
         rates = iter(rising(drop_path_rate, sum(depths)))
         height, width = ((side + 1) // 2 for side in self.img_size)  # the stem's first convolution
         for i, dim in enumerate(embed_dims):
@@ -252,6 +255,7 @@ class SpectFormerH(nn.Module):
 
     def _tokens(self, x: Tensor, box: tuple[int, int, int, int] | None = None) -> tuple[Tensor, int, int]:
         """Class token and tokens of the last stage, normed, and their grid; ``box`` is exchanged after the stem."""
+        expect_tensors("SpectFormerH", x=x)
         if x.shape[2:] != self.img_size:
             height, width = self.img_size
             raise ValueError(f"SpectFormerH: expected images [B, C, {height}, {width}], got {tuple(x.shape)}")

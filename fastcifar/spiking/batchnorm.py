@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._checks import expect_tensors
 from .modules import Neuron
 
 
@@ -273,6 +274,7 @@ def fuse(bn: _BatchNorm, neuron: Neuron) -> FusedNeuron:
 
 
 def _check_sequence(name: str, x: Tensor, dims: tuple[int, ...], channels: int) -> None:
+    expect_tensors(name, x=x)
     if x.dim() not in dims or x.shape[2] != channels:
         tails = " or ".join(f"[T, B, {channels}{', L' if d == 4 else ', H, W' if d == 5 else ''}]" for d in dims)
         raise ValueError(f"{name}: expected x of shape {tails}, got {tuple(x.shape)}")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors
 from ..earlyexit.thresholds import ParetoFront, first_exit, pareto
 
 __all__ = ["Calibration", "Curve"]
@@ -58,6 +59,7 @@ class Calibration:
     def __init__(
         self, confidence: Tensor, correct: Tensor, spikes: Tensor, neurons: int, max_loss: float = 0.0
     ) -> None:
+        expect_tensors("Calibration", confidence=confidence, correct=correct, spikes=spikes)
         if spikes.shape != confidence.shape:
             raise ValueError(
                 f"Calibration: expected spikes {tuple(confidence.shape)} as confidence, got {tuple(spikes.shape)}"

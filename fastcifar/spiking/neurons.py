@@ -158,7 +158,7 @@ def _check_state(op: str, x: Tensor, name: str, state: Tensor, states: dict[str,
         )
     own = _library.state_dtype(x.dtype)
     wide = op in WIDE and x.dtype == torch.float32 and state.dtype == torch.float64
-    both = all(other is None or other.dtype == state.dtype for other in states.values())
+    both = all(not isinstance(other, Tensor) or other.dtype == state.dtype for other in states.values())
     if not (state.dtype in (x.dtype, own) or (wide and both)):
         raise TypeError(f"{op}: expected {name} in {own} or x's {x.dtype}, got {state.dtype}")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _library
+from .._checks import expect_tensors
 from .functional import integrate_and_fire, signed_if
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -181,6 +182,7 @@ class LSQ(nn.Module):
 
     @torch.no_grad()
     def _start(self, x: Tensor) -> None:
+        expect_tensors("LSQ", x=x)
         if not self.training:
             raise ValueError("LSQ: expected a batch in training first, which sets the step, or the argument init")
         step = 2 * x.double().abs().mean() / math.sqrt(self.high)
