@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Run the examples with --quick and put their pictures, made small, into docs/images for the gallery (make gallery).
 
-    python examples/gallery.py                    # all of them, ten minutes and more on two cores
-    python examples/gallery.py ann_to_snn         # some
-    python examples/gallery.py --keep             # the pictures that are there, without running anything
+python examples/gallery.py                    # all of them, ten minutes and more on two cores
+python examples/gallery.py ann_to_snn         # some
+python examples/gallery.py --keep             # the pictures that are there, without running anything
 """
 
 import argparse
