@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -113,9 +114,13 @@ except ImportError as error:
 """
 
 
+# By its metadata: from the repository's root its name is that of a folder of ours.
+needs_kernels = pytest.mark.skipif(not any(metadata.distributions(name="kernels")), reason="kernels is not installed")
+
+
+@needs_kernels
 @pytest.mark.skipif(EXTENSION is None, reason="the extension is not built")
 def test_hugging_faces_kernels_loads_the_tree(tmp_path):
-    pytest.importorskip("kernels")
     assemble = [sys.executable, ROOT / "csrc" / "hub.py", tmp_path]
     folder = subprocess.run(assemble, capture_output=True, text=True, check=True).stdout.strip()
     assert Path(folder).name.startswith("torch-stable-abi210-cpu-")
@@ -125,7 +130,9 @@ def test_hugging_faces_kernels_loads_the_tree(tmp_path):
     assert "refused: True" in shown.stdout
 
 
+@needs_kernels
 def test_build_toml_is_valid():
-    rust = pytest.importorskip("kernels._rust")
-    assert rust.Build.open(ROOT).general.backends
+    code = "import sys; from kernels._rust import Build; print(Build.open(sys.argv[1]).general.backends)"
+    shown = subprocess.run([sys.executable, "-c", code, ROOT], cwd="/", capture_output=True, text=True, check=False)
+    assert "CPU" in shown.stdout, shown.stderr
     assert (ROOT / "torch-ext" / "fastcifar" / "__init__.py").exists()
