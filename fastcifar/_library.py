@@ -161,6 +161,8 @@ def differentiable_once(op: str, grad: Tensor, *inputs: Tensor | None) -> Tensor
 def cpu_isa(isa: str | None = None) -> str:
     """The instruction set that CPU kernels use, after putting ``isa`` in use if one is given.
 
+    It is the process's, for all threads; a call that has begun keeps to the one that it began with.
+
     Args:
         isa: ``"baseline"``, ``"avx2"``, ``"avx512"``, or None to ask only.
 
