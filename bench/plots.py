@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -82,7 +83,8 @@ def times(tests: Sequence[dict[str, Any]], machine: str, path: Path) -> None:
             axes.set_xlim(0, largest * scale * 1.25)
             mode = "" if info["mode"] == "call" else f", {info['mode']}"
             axes.set(xlabel=unit)
-            axes.set_title(f"{info['op']}{mode}\n{info['workload']}", fontsize=8.5)
+            lines = [*textwrap.wrap(info["op"] + mode, 36), *textwrap.wrap(info["workload"], 38)]
+            axes.set_title("\n".join(lines), fontsize=7.5, loc="right")
             axes.tick_params(axis="y", labelsize=8)
             _finish(axes)
         figure.suptitle(f"on {machine}; dashed: the floor set by memory or arithmetic", fontsize=8)

@@ -158,25 +158,28 @@ def publish(results: Results) -> None:
     publish_earlyexit(results, caption)
     publish_diffusion(results, caption)
     publish_search(results, caption)
-    publish_accelerate(results, caption)
+    publish_accelerate(json.loads(RUN.read_text()), caption)
     for family, prefix in (("spiking", "grid"), ("spectral", "grid-spectral")):
         grid = HERE / "results" / f"{prefix}-{name}.md"
         if grid.exists():
             insert(ROOT / "docs" / f"{family}.md", "grid", grid.read_text().strip())
 
 
-def publish_accelerate(results: Results, caption: str) -> None:
-    if "accelerate" not in results.families:
-        return
-    cells = [["", "before", "after", "times as fast", "whole model", "times as fast"]]
-    for table in results.families["accelerate"]["overhead"]:
-        title, (_, *rows) = table[0][0], table
-        before, after, whole_before, whole_after = (row[1] for row in rows)
-        ratios = [float(row[2]) for row in rows]
-        gains = f"{1 / ratios[1]:.1f}", f"{ratios[2] / ratios[3]:.2f}"
-        cells.append([title, before, after, gains[0], f"{whole_before} to {whole_after}", gains[1]])
-    text = caption.replace("; in brackets the multiple of the floor", "") + markdown_table(cells)
-    insert(ROOT / "docs" / "accelerate.md", "accelerate", text)
+def publish_accelerate(run: dict[str, Any], caption: str) -> None:
+    cells = [["", "layers before", "after", "times as fast", "whole model", "times as fast"]]
+    for info in (benchmark["extra_info"] for benchmark in run["benchmarks"]):
+        if info["group"] != "accelerate":
+            continue
+        before, after, whole_before, whole_after = info["candidates"]
+        times = {name: duration(facts["seconds"]["median"]) for name, facts in info["candidates"].items()}
+        ratio = info["ratios"][after][before]["median"]
+        whole = info["ratios"][whole_after][before]["median"] / info["ratios"][whole_before][before]["median"]
+        title = f"{info['op']}, {info['workload']}, {info['mode']}"
+        models = f"{times[whole_before]} to {times[whole_after]}"
+        cells.append([title, times[before], times[after], f"{1 / ratio:.1f}", models, f"{1 / whole:.2f}"])
+    if len(cells) > 1:
+        text = caption.replace("; in brackets the multiple of the floor", "") + markdown_table(cells)
+        insert(ROOT / "docs" / "accelerate.md", "accelerate", text)
 
 
 def publish_spectral(results: Results, caption: str) -> None:
