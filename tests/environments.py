@@ -52,9 +52,9 @@ def run(python: str, wheel: Path) -> dict[str, str | int]:
 
 def main(pythons: list[str]) -> int:
     (wheel,) = (ROOT / "dist").glob("*.whl")
-    known = json.loads(OUT.read_text()) if OUT.exists() else []
     for python in pythons:
         result = run(python, wheel)
+        known = json.loads(OUT.read_text()) if OUT.exists() else []
         print(json.dumps(result, indent=1), flush=True)
         key = [result[name] for name in ("python", "torch", "numpy")]
         (old,) = [e for e in known if [e[n] for n in ("python", "torch", "numpy")] == key] or [{}]
