@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastcifar import _library
 from fastcifar.spec import identical
-from fastcifar.spiking import LIF, lif, modules, neurons, pack, reference, surrogate
+from fastcifar.spiking import LIF, functional, lif, modules, neurons, pack, reference, surrogate
 
 needs_extension = pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
 MODULES = [m for m in vars(modules).values() if isinstance(m, type) and "function" in vars(m)]
@@ -384,3 +384,32 @@ def test_environment_forces_an_instruction_set():
     assert "FASTCIFAR_CPU_ISA names an instruction set that this machine does not execute" in failed.stderr
     with pytest.raises(ValueError, match="expected one of baseline, avx2, avx512"):
         _library.cpu_isa("sse9")
+
+
+# ---- found by the mutation drill ------------------------------------------------------------------------------------
+
+
+def test_ilif_passes_its_gradient_at_both_ends_of_the_window(each_isa):
+    x = torch.tensor([[0.0, -0.0, 4.0, 2.0, -1e-6, 4.000001]])
+
+    def check(_):
+        leaf = x.clone().requires_grad_()
+        functional.ilif(leaf, max_spikes=4)[0].sum().backward()
+        assert leaf.grad.tolist() == [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]]
+
+    each_isa(check)
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 2.0), (-1.0, 1.0), (-2.0, 0.0)])
+def test_signed_spikes_stop_at_both_bounds_of_their_sum(bounds, each_isa):
+    low, high = bounds
+    currents = torch.randn(60, 7, 3, generator=torch.Generator().manual_seed(0)) * 2
+
+    def check(_):
+        spikes, _, last, _ = functional.signed_if(currents, s_min=low, s_max=high)
+        sums = spikes.cumsum(0)
+        assert (sums.amin(), sums.amax()) == bounds
+        assert torch.equal(sums[-1], last)
+        assert torch.equal(spikes, reference.signed_if(currents, s_min=low, s_max=high)[0])
+
+    each_isa(check)
