@@ -55,7 +55,7 @@ SPIKING = [
 TESTS = {
     "spiking": SPIKING,
     "surrogates": ["tests/test_surrogates.py"],
-    "packed": ["tests/test_spiking.py", "tests/test_conversion.py", "tests/test_host.py", "-k", "pack"],
+    "packed": ["tests/test_packed.py"],
     "spectral": [
         "tests/test_spectral.py",
         "tests/test_mixers.py",
