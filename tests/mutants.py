@@ -63,7 +63,7 @@ TESTS = {
         "-k",
         "spect or fnet or gate or large or odd",
     ],
-    "fixedpoint": ["tests/test_fixedpoint.py", MATRIX, "-k", "quantize or raw or cast or mode or bit or digits"],
+    "fixedpoint": ["tests/test_fixedpoint.py", MATRIX, "-k", "test_fixedpoint or quantize or digits"],
     "integer_matmul": ["tests/test_fixed_products.py"],
     "earlyexit": [
         "tests/test_earlyexit.py",
@@ -77,7 +77,7 @@ TESTS = {
         "tests/test_solver_run.py",
         MATRIX,
         "-k",
-        "solver or step or noise or number",
+        "test_diffusion or test_solver_run or solver_step",
     ],
     "tree": ["tests/test_tree_kernels.py"],
 }

@@ -412,3 +412,16 @@ def test_a_table_that_does_not_fit_is_refused():
         sampler(table=3)
     with pytest.raises(ValueError, match="TreeSampler: expected steps to be the table's 2, got 3"):
         sampler(table=table(), steps=3)
+
+
+def test_a_draw_of_the_whole_takes_the_last_child_with_a_share(each_isa):
+    """Found by the mutation drill: only a number that was rounded up to 1 gets there."""
+    values = torch.tensor([0.0, 0.0, 0.0, -torch.inf], dtype=torch.float64)
+    start, count = torch.tensor([0, 3, 3, 3]), torch.tensor([3, 0, 0, 0])
+    arguments = (values, start, count, torch.tensor([1, 2, 3]), torch.tensor([0]), torch.ones(1, 1).double(), 1.0)
+    assert tree_reference.sample(*arguments).tolist() == [2]
+
+    def check(_):
+        assert torch.ops.fastcifar.tree_sample(*arguments).tolist() == [2]
+
+    each_isa(check)
