@@ -141,3 +141,18 @@ def test_rows_that_are_not_there_are_refused():
             compact(torch.zeros(3, 2, requires_grad=True), index)
         with pytest.raises(IndexError):
             scatter_results(torch.zeros(3, 2), index, torch.zeros(1, 2))
+
+
+def test_thresholds_that_are_strided_are_read_as_they_are(each_isa):
+    """Found by the mutation drill."""
+    logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    thresholds = torch.stack([torch.linspace(0.2, 0.9, 9), torch.full((9,), 2.0)], 1)[:, 0]
+    assert thresholds.stride() == (2,)
+    expected = exit_decide(logits, thresholds.clone(memory_format=torch.contiguous_format))
+
+    def check(_):
+        for ours, theirs in zip(exit_decide(logits, thresholds), expected, strict=True):
+            assert torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs))
+
+    each_isa(check)
+    assert 0 < expected.n_keep < 9
