@@ -113,7 +113,8 @@ class Mutant:
         if self.tests:
             return list(self.tests)
         if self.file.startswith("kernels/"):
-            return [f"tests/test_{TRITON[self.part]}.py", "-k", "not spill and not ahead"]
+            edges = ["tests/test_triton_edges.py"] if TRITON[self.part] == "triton" else []
+            return [*edges, f"tests/test_{TRITON[self.part]}.py", "-k", "not spill and not ahead"]
         return TESTS.get(self.part) or TESTS[self.family]
 
     def changed(self, text: str) -> str:

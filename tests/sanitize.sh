@@ -39,7 +39,7 @@ LD_PRELOAD=$preload "$python" -c 'import fastcifar, os; assert fastcifar.__file_
 
 skipped=(
   test_triton.py test_triton_diffusion.py test_triton_earlyexit.py   # Triton's interpreter: Python, none of our C++
-  test_triton_fixedpoint.py test_triton_spectral.py
+  test_triton_fixedpoint.py test_triton_spectral.py test_triton_edges.py
   test_package.py test_distribution.py test_instructions.py          # start other Pythons, builds and valgrind
   test_ap_fixed.py test_hls.py test_cuda_body.py                     # compile C++ of their own, without the sanitizer
   test_docs.py test_diffusion_examples.py test_fuzz.py               # start other Pythons

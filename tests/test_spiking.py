@@ -413,3 +413,11 @@ def test_signed_spikes_stop_at_both_bounds_of_their_sum(bounds, each_isa):
         assert torch.equal(spikes, reference.signed_if(currents, s_min=low, s_max=high)[0])
 
     each_isa(check)
+
+
+@pytest.mark.skipif(_library.WHY_NO_EXTENSION is not None, reason="the extension is not built")
+@pytest.mark.parametrize("neurons_of_a_step", [1, 7, 8, 9])
+def test_fake_of_packed_spikes(neurons_of_a_step):
+    x = torch.randn(3, neurons_of_a_step)
+    arguments = (x, *[None] * 7, neurons.IDS["if"], [0.0, 1.0, 0.0], 0.0, 2, False)
+    torch.library.opcheck(torch.ops.fastcifar.neuron_forward.default, arguments)
