@@ -322,6 +322,7 @@ TABLE = diffusevae_table(points(), 2)
         (lambda: diffusevae_loss(Denoiser(), X, X, SCHEDULE, drop=2), "drop from 0 to 1"),
         (lambda: diffusevae_sample(Denoiser(), X, TABLE, guidance_weight=1, guidance_scale=2), "got both"),
         (lambda: diffusevae_sample(Denoiser(), X, TABLE, start=X[:1]), "expected start of"),
+        (lambda: diffusevae_sample(Denoiser(), X[:, 0, 0, 0], TABLE), r"expected a reconstruction \[B, C, ...\], got"),
         (lambda: shifted_table(TABLE, torch.ones(3)), "a finite shift of each of 6 points"),
         (lambda: shifted_table(TABLE, math.nan), "a finite shift"),
         (lambda: shifted_table(TABLE, 1.0, scale=-1), "scale of 0 or more"),

@@ -59,3 +59,9 @@ def test_bad_losses(make, call, message):
     outputs, target = [torch.zeros(2, 4) for _ in range(3)], torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         JointExitLoss(**make)(outputs, target, **call)
+
+
+@pytest.mark.parametrize("outputs", ["nonsense", [1.0], torch.zeros(2, 3)])
+def test_outputs_that_are_no_list_of_tensors_are_refused(outputs):
+    with pytest.raises(TypeError, match="JointExitLoss: expected outputs"):
+        JointExitLoss()(outputs, torch.tensor([0, 1]))

@@ -239,6 +239,8 @@ def diffusevae_sample(
     scale = guidance_scale if guidance_weight is None else guidance_of_weight(guidance_weight)
     guided = scale is not None and scale != 1
     expect_tensors(op, reconstruction=reconstruction)
+    if reconstruction.dim() < 2:
+        raise ValueError(f"{op}: expected a reconstruction [B, C, ...], got {tuple(reconstruction.shape)}")
     if start is None:
         start = normal(reconstruction, generator)
     same_shape(op, reconstruction, start=start)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._checks import expect_tensors
 from .found import points_of
 from .mixture import PREDICTIONS
 from .objective import FromScore, Model, Objective, Runner, pool_size
@@ -125,6 +126,9 @@ def search_schedule(
         raise TypeError(f"search_schedule: expected space to be a SearchSpace, got {type(space).__name__}")
     if schedule is not None and not isinstance(schedule, Schedule):
         raise TypeError(f"search_schedule: expected schedule to be a Schedule, got {type(schedule).__name__}")
+    expect_tensors("search_schedule", noise=noise, targets=noise if targets is None else targets)
+    if executor is not None and not hasattr(executor, "submit"):
+        raise TypeError(f"search_schedule: expected executor to have submit, got {type(executor).__name__}")
     workers = pool_size(executor, workers)
     _check(counts, budget, noise, prediction, targets, fitness, refine, population, batch, workers, threads)
     if not isinstance(predictor, SchedulePredictor | bool | None):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import expect_tensors, expect_type
+
 SCHEDULES = ("fixed", "shallow_deep", "deediff")
 
 __all__ = ["JointExitLoss"]
@@ -78,6 +80,8 @@ class JointExitLoss(nn.Module):
         progress: float | None = None,
         uncertainty: Sequence[Tensor] | None = None,
     ) -> Tensor:
+        expect_type("JointExitLoss", (list, tuple), "a list of tensors", outputs=outputs)
+        expect_tensors("JointExitLoss", target=target, **{f"outputs[{k}]": out for k, out in enumerate(outputs)})
         weights = self._weights(len(outputs), progress, uncertainty)
         total = outputs[0].new_zeros(())
         for weight, output in zip(weights, outputs, strict=True):
