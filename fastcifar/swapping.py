@@ -168,8 +168,7 @@ def accelerate(
         raise
     finally:
         if dry_run:
-            for module in reversed(swapped):
-                _restore(module)
+            _restore(swapped[::-1])
     if dry_run:
         would = (replace(s, action="would be swapped") if s.action == "swapped" else s for s in report.swaps)
         report = replace(report, swaps=tuple(would))
@@ -205,6 +204,9 @@ def _accelerate_pipeline(
         raise TypeError("accelerate: expected no inputs for a pipeline, which may be verified module by module")
     _check_families(families)
     swaps: list[Swap] = []
+    modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+    earlier = {id(m) for part in modules for m in _ours_in(part)}
+    schedulers: list[Any] = []
     try:
         for name, part in parts.items():
             if isinstance(part, nn.Module):
@@ -212,8 +214,12 @@ def _accelerate_pipeline(
                 swaps += [replace(s, name=f"{name}.{s.name}".rstrip(".")) for s in of_part]
             elif (not families or "diffusion" in families) and (swap := _swap_scheduler(name, part, dry_run)):
                 swaps.append(swap)
+                if swap.action == "swapped":
+                    schedulers.append(part)
     except BaseException:
-        restore(pipeline)
+        _restore([m for part in modules for m in _ours_in(part) if id(m) not in earlier])
+        for scheduler in schedulers:
+            scheduler.__class__ = vars(scheduler).pop(_BEFORE)
         raise
     return Report(tuple(swaps))
 
@@ -251,6 +257,8 @@ def restore(model: Any) -> int:
 
     Raises:
         TypeError: ``model`` is no module and no pipeline.
+        ValueError: a module has got parameters or buffers that the peer's has not. Nothing of that module's model (of a
+            pipeline: of that part) is restored then.
 
     Example:
         >>> import torch
@@ -269,10 +277,13 @@ def restore(model: Any) -> int:
                 part.__class__ = vars(part).pop(_BEFORE)
                 count += 1
         return count
-    swapped = [module for module in model.modules() if _BEFORE in vars(module)]
-    for module in swapped:
-        _restore(module)
+    swapped = _ours_in(model)
+    _restore(swapped)
     return len(swapped)
+
+
+def _ours_in(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _BEFORE in vars(module)]
 
 
 def _places(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module | None]]:
@@ -322,11 +333,25 @@ def _become(module: nn.Module, rule: _swaps.Rule, ours: type[nn.Module], argumen
     vars(module)[_BEFORE] = (rule, kind, attributes)
 
 
-def _restore(module: nn.Module) -> None:
-    rule, kind, attributes = vars(module).pop(_BEFORE)
-    now = dict(vars(module))
-    _turn_back(module, rule, kind, attributes)
-    _carry(now, module)
+def _restore(modules: Sequence[nn.Module]) -> None:
+    """All of them, or none on an error."""
+    undone: list[tuple[nn.Module, _swaps.Rule, type[nn.Module], dict[str, Any]]] = []
+    try:
+        for module in modules:
+            now = dict(vars(module))
+            rule, kind, attributes = now[_BEFORE]
+            undone.append((module, rule, type(module), now))
+            _turn_back(module, rule, kind, attributes)
+            _carry(now, module)
+    except BaseException:
+        for module, rule, ours, now in reversed(undone):
+            rule.leave(module)
+            vars(module).clear()
+            module.__class__ = ours
+            vars(module).update(now)
+            # Ours hooks what it wraps as the peer does, so the hooks that were taken away are set as after a restore.
+            rule.enter(module)
+        raise
 
 
 def _turn_back(module: nn.Module, rule: _swaps.Rule, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
