@@ -274,3 +274,8 @@ def test_attention_by_hand():
         a, b, c = (t[..., 4 * h : 4 * h + 4] for t in (q, k, v))
         parts.append((a @ b.mT / 2).softmax(-1) @ c)
     assert torch.allclose(attention(x), attention.proj(torch.cat(parts, -1)))
+
+
+def test_a_negative_depth_is_refused():
+    with pytest.raises(ValueError, match=r"GFNetPyramid: expected depths of 0 or more, got \[1, -7, 1, 1\]"):
+        models.GFNetPyramid(img_size=32, embed_dim=[8, 16, 32, 64], depth=[1, -7, 1, 1])

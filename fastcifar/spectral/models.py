@@ -243,6 +243,8 @@ class GFNetPyramid(_Classifier):
                 "GFNetPyramid: expected embed_dim, depth and mlp_ratio of four stages each, "
                 f"got {len(embed_dim)}, {len(depth)} and {len(mlp_ratio)}"
             )
+        if min(depth) < 0:
+            raise ValueError(f"GFNetPyramid: expected depths of 0 or more, got {list(depth)}")
         self.num_classes = num_classes
         self.num_features = self.embed_dim = embed_dim[-1]
         norm = norm_layer or layer_norm
